@@ -1,0 +1,185 @@
+"""The job: what a client asks for, checked once and frozen."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import msgpack
+
+from . import WIRE_VERSION
+from .errors import Refused
+
+ADAPTER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+MAX_ADAPTERS = 8
+MAX_RANK_SUM = 256
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSet:
+    """(adapter id, scale) pairs, sorted by id; empty is the base model."""
+
+    adapters: tuple[tuple[str, float], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> LoraSet:
+        """Read `ID(*decimal)?` joined by `+`, such as `sql*0.7+pirate*0.3`; "" is the base.
+
+        Raises Refused("bad_adapter"): malformed, more than 8, an id twice, or a scale that is not finite.
+        """
+        if not text:
+            return cls()
+        return cls.of([_adapter_term(term.strip()) for term in text.split("+")])
+
+    @classmethod
+    def of(cls, pairs: list[tuple[str, float]]) -> LoraSet:
+        """Build from pairs in any order, with the checks of `parse`."""
+        if len(pairs) > MAX_ADAPTERS:
+            raise Refused("bad_adapter", f"a LoRA set has at most {MAX_ADAPTERS} adapters, not {len(pairs)}")
+        for name, scale in pairs:
+            if not ADAPTER_ID.fullmatch(name):
+                raise Refused("bad_adapter", f"adapter id {name[:80]!r} must match {ADAPTER_ID.pattern}")
+            if not math.isfinite(scale):
+                raise Refused("bad_adapter", f"the scale of adapter {name} must be a finite number")
+        ids = sorted(name for name, _ in pairs)
+        twice = [a for a, b in zip(ids, ids[1:], strict=False) if a == b]
+        if twice:
+            raise Refused("bad_adapter", f"adapter {twice[0]} is named twice")
+        return cls(tuple(sorted(pairs)))
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Adapter ids in order."""
+        return tuple(name for name, _ in self.adapters)
+
+    def __str__(self) -> str:
+        """The shortest form that `parse` reads back."""
+        return "+".join(name if scale == 1 else f"{name}*{_decimal(scale)}" for name, scale in self.adapters)
+
+
+def _adapter_term(term: str) -> tuple[str, float]:
+    name, star, scale = term.partition("*")
+    if star and not re.fullmatch(r"-?\d{1,9}(\.\d{1,9})?", scale.strip()):
+        raise Refused("bad_adapter", f"{term[:80]!r} must be ID or ID*decimal, such as sql*0.7")
+    return name.strip(), float(scale) if star else 1.0
+
+
+def _decimal(value: float) -> str:
+    return f"{value:.9f}".rstrip("0").rstrip(".")
+
+
+BASE = "base"
+"""The combination of the empty set."""
+
+
+def combination(ids: tuple[str, ...], digests: tuple[str, ...]) -> str:
+    """Name of what a slot holds: `ID@DIGEST8` joined by `+`, without scales; `base` for none.
+
+    The digest is part of the name, so replaced bytes are another combination with lanes and slots of its own.
+    """
+    return "+".join(f"{name}@{digest[:8]}" for name, digest in zip(ids, digests, strict=True)) or BASE
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is drawn. The defaults alter nothing: plain sampling at temperature 1.
+
+    temperature: logits are divided by it; 0 is greedy (the lowest id wins a tie).
+    top_k: keep the k largest; 0 keeps all. top_p: keep the smallest set whose probability reaches p (nucleus,
+    Holtzman 2019; the crossing token is kept). min_p: keep tokens with at least min_p times the top probability.
+    repetition_penalty: logits of seen tokens (prompt included) are divided by it if positive, else multiplied
+    (CTRL, Keskar 2019). frequency_penalty, presence_penalty: subtracted per occurrence / once, generated tokens only
+    (OpenAI's definition). seed: 64 bits; None draws one when the job is accepted.
+
+    Raises Refused("bad_field") naming the field.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in SAMPLING_RANGES.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+                raise Refused("bad_field", f"{name} must be between {low:g} and {high:g}, not {value!r}")
+        if not isinstance(self.top_k, int):
+            raise Refused("bad_field", f"top_k must be a whole number, not {self.top_k!r}")
+        if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 1 << 64):
+            raise Refused("bad_field", f"seed must be a whole number between 0 and 2^64-1, not {self.seed!r}")
+
+
+SAMPLING_RANGES = {
+    "temperature": (0.0, 100.0),
+    "top_k": (0, 1 << 31),
+    "top_p": (1e-6, 1.0),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 100.0),
+    "frequency_penalty": (-100.0, 100.0),
+    "presence_penalty": (-100.0, 100.0),
+}
+"""Inclusive range of every number in `SamplingParams` but the seed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One accepted request. Exactly one of prompt, messages and tokens is set."""
+
+    id: str
+    cls: str = "normal"
+    lora: LoraSet = LoraSet()
+    digests: tuple[str, ...] = ()
+    """Content digest of each adapter of `lora`, bound when the job was accepted."""
+    prompt: str | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    tokens: tuple[int, ...] | None = None
+    add_bos: bool | None = None
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: tuple[str | int, ...] = ()
+    stream: bool = False
+    reply: str = "stream"
+    batch: str | None = None
+    deadline_ms: int | None = None
+    ttl: int = 3600
+
+    @property
+    def combination(self) -> str:
+        """What a slot must hold to run this job."""
+        return combination(self.lora.ids, self.digests)
+
+    def pack(self) -> bytes:
+        """The request as stored in Redis: a msgpack map with the format's version in `v`."""
+        body = {f.name: getattr(self, f.name) for f in fields(self)}
+        body |= {"v": WIRE_VERSION, "lora": self.lora.adapters, "sampling": asdict(self.sampling)}
+        packed: bytes = msgpack.packb(body)
+        return packed
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Job:
+        """Inverse of `pack`. Raises Refused("internal") for another version: the caller leaves newer jobs queued."""
+        body = msgpack.unpackb(data, use_list=False, strict_map_key=True)
+        version = body.pop("v")
+        if version != WIRE_VERSION:
+            raise Refused("internal", f"the request has format {version}; this worker reads {WIRE_VERSION}")
+        body["lora"] = LoraSet(body["lora"])
+        body["sampling"] = SamplingParams(**body["sampling"])
+        return cls(**body)
+
+    def fingerprint(self, drawn_seed: bool) -> str:
+        """Digest of the request itself: equal for a re-submission, whatever seed and adapter bytes were bound to it."""
+        body = asdict(self) | {"digests": None}
+        if drawn_seed:
+            body["sampling"]["seed"] = None
+        return hashlib.blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,38 @@
+"""What one forward of the model is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class LoraRows:
+    """The rows of a batch that use one slot.
+
+    slot: index in the LoRA bank. rows: int64 [n], ascending. scales: float32 [n, R], the job's own scale of each
+    stacked rank (R is the combination's rank sum; the adapter's own alpha / r is already inside B).
+    """
+
+    slot: int
+    rows: torch.Tensor
+    scales: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Prefill chunks and decode tokens of S sequences, T tokens in all, each sequence's tokens contiguous and in order.
+
+    token_ids, positions: int64 [T]. sequence: int64 [T], the row of `page_table` that a token belongs to.
+    page_table: int64 [S, P], physical pages of 256 tokens in order, padded with 0. logit_rows: int64 [L], the tokens
+    whose logits are wanted. loras: one entry per slot in use; rows of no entry run the base model.
+    Tensors live on the CPU; the model moves them.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    sequence: torch.Tensor
+    page_table: torch.Tensor
+    logit_rows: torch.Tensor
+    loras: tuple[LoraRows, ...] = ()
