@@ -1,0 +1,145 @@
+"""The Lua scripts as typed calls. Everything that moves a job is one of them, so every move is atomic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from redis import Redis
+from redis.client import Pipeline
+
+from . import WIRE_VERSION
+from .keys import Keys
+
+LUA = Path(__file__).parent / "lua"
+EARLY_CANCEL_S = 3600
+"""How long a cancellation that came before its job is remembered."""
+
+Value = str | bytes | int | float
+
+
+class Lease(NamedTuple):
+    """A job that a worker has claimed. `waited_ms` is the time since it was accepted; slot is None for the base."""
+
+    id: str
+    execution: str
+    request: bytes
+    attempt: int
+    slot: int | None
+    waited_ms: int
+
+
+class Superseded(Exception):
+    """The GPU has been given to another worker: this one must stop without touching anything."""
+
+
+class Scripts:
+    """One method a script; the head of each .lua file says what it does, its arguments and its answer.
+
+    With `pipe` the call is queued on that pipeline and the method returns None; the answer is in `pipe.execute()`,
+    except for `claim`, whose rows `leases` reads. `now_ms` replaces Redis' clock, for tests and simulations.
+    """
+
+    def __init__(self, redis: Redis, keys: Keys, now_ms: int = 0) -> None:
+        self.redis, self.keys, self.now_ms = redis, keys, now_ms
+        common = (LUA / "common.lua").read_text()
+        self._scripts = {
+            path.stem: redis.register_script(common + path.read_text())
+            for path in LUA.glob("*.lua")
+            if path.stem != "common"
+        }
+
+    def _run(self, name: str, keys: Iterable[str], args: Iterable[Value], pipe: Pipeline | None = None) -> Any:
+        answer = self._scripts[name](keys=list(keys), args=[self.keys.prefix, self.now_ms, *args], client=pipe)
+        return None if pipe is not None else _text(answer)
+
+    def accept(
+        self, stream: str, entry: str, job_id: str, lane: str, fingerprint: str, limit: int, gpu: str,
+        fields: Mapping[str, Value], pipe: Pipeline | None = None,
+    ) -> Any:  # fmt: skip
+        """-> accepted | assigned | duplicate | conflict | busy | expired | cancelled | stale"""
+        return self._run("accept", [stream], [entry, job_id, lane, fingerprint, limit, gpu, *_flat(fields)], pipe)
+
+    def reject(
+        self, stream: str, entry: str, job_id: str, fingerprint: str, code: str, message: str,
+        reply: str = "stream", batch: str = "", ttl: int = 3600, pipe: Pipeline | None = None,
+    ) -> Any:  # fmt: skip
+        """-> rejected | duplicate | stale. `job_id` is "" if it is malformed."""
+        return self._run("reject", [stream], [entry, job_id, fingerprint, code, message, reply, batch, ttl], pipe)
+
+    def assign(self, lane: str, gpu: str, most: int, pipe: Pipeline | None = None) -> Any:
+        """-> number of jobs moved"""
+        return self._run("assign", [], [lane, gpu, most], pipe)
+
+    def open(self, gpu: str, slot: int, combination: str, pipe: Pipeline | None = None) -> Any:
+        """-> 1 if the slot now takes jobs of the combination"""
+        return self._run("open", [], [gpu, slot, combination], pipe)
+
+    def close(self, gpu: str, slot: int, combination: str, pipe: Pipeline | None = None) -> Any:
+        """-> number of queued jobs put back into their lanes, -1 if the slot holds another combination"""
+        return self._run("close", [], [gpu, slot, combination], pipe)
+
+    def cancel(self, entry: str, job_id: str, pipe: Pipeline | None = None) -> Any:
+        """-> cancelled | stopping | remembered | over | stale"""
+        return self._run("cancel", [self.keys.control], [entry, job_id, EARLY_CANCEL_S], pipe)
+
+    def expire(self, most: int = 1000, pipe: Pipeline | None = None) -> Any:
+        """-> number of deadlines that were due"""
+        return self._run("expire", [], [most], pipe)
+
+    def register(self, gpu: str, worker: str, dead_after_ms: int, fields: Mapping[str, Value]) -> tuple[bool, Any]:
+        """-> (True, jobs put back) or (False, name of the live worker that has the GPU)"""
+        ok, detail = self._run("register", [], [gpu, worker, dead_after_ms, *_flat(fields)])
+        return bool(ok), detail
+
+    def reclaim(self, gpu: str, worker: str, silent_ms: int = 0, pipe: Pipeline | None = None) -> Any:
+        """-> number of jobs put back, -1 if the GPU is not (or no longer) that worker's, or it is not silent"""
+        return self._run("reclaim", [], [gpu, worker, silent_ms], pipe)
+
+    def release(self, gpu: str, worker: str) -> int:
+        """-> number of jobs put back, -1 if the GPU has been given to another worker"""
+        return int(self._run("release", [], [gpu, worker]))
+
+    def claim(self, gpu: str, worker: str, lease_ms: int, most: int, execution: str, running: int) -> list[Lease]:
+        """Raises Superseded. `execution` is random hex, new for each call; at most 256 jobs a call."""
+        args = [gpu, worker, lease_ms, min(most, 256), WIRE_VERSION, execution, running]
+        rows = self._scripts["claim"](keys=[], args=[self.keys.prefix, self.now_ms, *args])
+        if rows == 0:
+            raise Superseded(f"{gpu} has been given to another worker")
+        return [
+            Lease(i.decode(), e.decode(), request, attempt, slot if slot >= 0 else None, waited)
+            for i, e, request, attempt, slot, waited in rows
+        ]
+
+    def renew(
+        self, gpu: str, worker: str, lease_ms: int, record_s: int, composites: Iterable[str]
+    ) -> list[str]:  # fmt: skip
+        """-> the `ID:EXECUTION` whose lease is lost. Raises Superseded."""
+        lost = self._run("renew", [], [gpu, worker, lease_ms, record_s, *composites])
+        if lost == 0:
+            raise Superseded(f"{gpu} has been given to another worker")
+        return list(lost)
+
+    def emit(
+        self, gpu: str, job_id: str, execution: str, event: Mapping[str, Value], pipe: Pipeline | None = None
+    ) -> Any:  # fmt: skip
+        """-> 1, or 0 if the lease is lost"""
+        return self._run("emit", [], [gpu, job_id, execution, *_flat(event)], pipe)
+
+    def settle(
+        self, gpu: str, worker: str, job_id: str, execution: str, status: str, event: Mapping[str, Value],
+        pipe: Pipeline | None = None,
+    ) -> Any:  # fmt: skip
+        """-> 1, or 0 if the lease is lost. `event` begins with `ev`, and for an error goes on with `code`."""
+        return self._run("settle", [], [gpu, worker, job_id, execution, status, *_flat(event)], pipe)
+
+
+def _flat(fields: Mapping[str, Value]) -> list[Value]:
+    return [part for pair in fields.items() for part in pair]
+
+
+def _text(answer: Any) -> Any:
+    if isinstance(answer, bytes):
+        return answer.decode()
+    return [_text(part) for part in answer] if isinstance(answer, list) else answer
