@@ -1,0 +1,127 @@
+"""The `lorayard` command: a table of subcommands, each loaded when it is asked for."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any, TypeVar
+
+import click
+
+from . import __version__
+from .connect import DEFAULT_URL
+from .errors import LorayardError
+
+COMMANDS = {
+    "up": ("lorayard.shared.up:up", "Start a whole yard on this machine: Redis, dispatcher, workers."),
+    "submit": ("lorayard.dispatcher.commands:submit", "Send a prompt to a running yard and print the answer."),
+    "generate": ("lorayard.worker.generate.command:generate", "Answer a prompt with the engine alone, without Redis."),
+    "info": ("lorayard.dispatcher.commands:info", "Show the yard: model, workers, slots, queues."),
+    "adapters": ("lorayard.dispatcher.commands:adapters", "List the adapters that jobs may name."),
+    "dispatcher": ("lorayard.dispatcher.commands:dispatcher", "Run a dispatcher; no GPU needed."),
+    "worker": ("lorayard.worker.queue.commands:worker", "Run the workers of this host, one per GPU or on the CPU."),
+}
+"""Name -> (`module:command`, help line). Help needs no module of these, so it is instant and needs no torch."""
+
+EXTRA_OF = {
+    "torch": "worker", "numpy": "worker", "safetensors": "worker", "tokenizers": "worker", "jinja2": "worker",
+    "cupy": "gpu", "pynvml": "gpu",
+}  # fmt: skip
+"""Package that may be absent -> the extra that brings it."""
+
+INTERRUPTED = 130
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+
+def redis_options(function: Decorated) -> Decorated:
+    """Add `--redis` and `--prefix`; the command gets `redis_url` and `prefix`, which ends with a colon."""
+    redis_option = click.option(
+        "--redis",
+        "redis_url",
+        metavar="URL",
+        envvar="LORAYARD_REDIS_URL",
+        default=DEFAULT_URL,
+        show_default=True,
+        show_envvar=True,
+        help="redis://, rediss:// or unix:// address. A password is safer in the variable than in the command.",
+    )
+    prefix_option = click.option(
+        "--prefix",
+        envvar="LORAYARD_PREFIX",
+        default="yard:",
+        show_default=True,
+        show_envvar=True,
+        callback=lambda _context, _option, value: value.rstrip(":") + ":",
+        help="What the yard's names in Redis begin with.",
+    )
+    return redis_option(prefix_option(function))
+
+
+class _Lazy(click.Group):
+    """A group that lists its commands from the table and imports one only to run it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, name = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(import_module(module), name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+
+EXAMPLE = """\b
+Example, with the model that comes along:
+  lorayard up --demo --redis-port 6390
+and in a second terminal:
+  export LORAYARD_REDIS_URL=redis://127.0.0.1:6390/0
+  lorayard submit "What is a list?"
+  lorayard submit "What is a list?" --adapter shout
+
+Each command has its own: lorayard COMMAND --help."""
+
+
+@click.group(cls=_Lazy, epilog=EXAMPLE, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="lorayard")
+def cli() -> None:
+    """Many LoRA adapters on one quantised base model, on a row of GPUs behind one Redis."""
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status; every fault of the user is one sentence on stderr."""
+    try:
+        status = cli.main(argv, "lorayard", standalone_mode=False, color=False if os.environ.get("NO_COLOR") else None)
+    except click.Abort:  # click's word for an interrupt
+        return _fail("interrupted", INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except LorayardError as error:
+        return _fail(str(error), error.exit_status)
+    except ModuleNotFoundError as error:
+        extra = EXTRA_OF.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        return _fail(f"this needs the package {error.name}: pip install 'lorayard[{extra}]'", 1)
+    return status if isinstance(status, int) else 0
+
+
+def _fail(sentence: str, status: int) -> int:
+    click.echo(f"lorayard: {sentence}", err=True)
+    return status
+
+
+def main() -> None:
+    """Entry point of the `lorayard` script."""
+    sys.exit(run())
+
+
+if __name__ == "__main__":
+    main()
