@@ -26,6 +26,9 @@ check: .venv/dev  ## lint, format, types, import rules
 test-gpu: .venv/dev  ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu
 
+bench: .venv/runtime  ## speed of the engine; BENCH='MODEL --devices cuda' for another model or device
+	$(BIN)/python tests/bench/engine.py $(BENCH)
+
 clean:  ## remove all that make and the tools made
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

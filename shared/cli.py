@@ -11,8 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from . import __version__
-from .connect import DEFAULT_URL
-from .errors import LorayardError
+from .errors import LorayardError, RedisUnavailable
 
 COMMANDS = {
     "up": ("lorayard.shared.up:up", "Start a whole yard on this machine: Redis, dispatcher, workers."),
@@ -32,12 +31,27 @@ EXTRA_OF = {
 """Package that may be absent -> the extra that brings it."""
 
 INTERRUPTED = 130
+DEFAULT_URL = "redis://127.0.0.1:6379/0"
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+
+def prefix_option(function: Decorated) -> Decorated:
+    """Add `--prefix`; the command gets `prefix`, which ends with a colon."""
+    option = click.option(
+        "--prefix",
+        envvar="LORAYARD_PREFIX",
+        default="yard:",
+        show_default=True,
+        show_envvar=True,
+        callback=lambda _context, _option, value: value.rstrip(":") + ":",
+        help="What the yard's names in Redis begin with.",
+    )
+    return option(function)
 
 
 def redis_options(function: Decorated) -> Decorated:
     """Add `--redis` and `--prefix`; the command gets `redis_url` and `prefix`, which ends with a colon."""
-    redis_option = click.option(
+    option = click.option(
         "--redis",
         "redis_url",
         metavar="URL",
@@ -47,16 +61,7 @@ def redis_options(function: Decorated) -> Decorated:
         show_envvar=True,
         help="redis://, rediss:// or unix:// address. A password is safer in the variable than in the command.",
     )
-    prefix_option = click.option(
-        "--prefix",
-        envvar="LORAYARD_PREFIX",
-        default="yard:",
-        show_default=True,
-        show_envvar=True,
-        callback=lambda _context, _option, value: value.rstrip(":") + ":",
-        help="What the yard's names in Redis begin with.",
-    )
-    return redis_option(prefix_option(function))
+    return option(prefix_option(function))
 
 
 class _Lazy(click.Group):
@@ -96,8 +101,9 @@ def cli() -> None:
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; every fault of the user is one sentence on stderr."""
+    color = False if os.environ.get("NO_COLOR") else None
     try:
-        status = cli.main(argv, "lorayard", standalone_mode=False, color=False if os.environ.get("NO_COLOR") else None)
+        status = cli.main(argv, "lorayard", standalone_mode=False, color=color)
     except click.Abort:  # click's word for an interrupt
         return _fail("interrupted", INTERRUPTED)
     except click.ClickException as error:
@@ -110,7 +116,18 @@ def run(argv: Sequence[str] | None = None) -> int:
         if extra is None:
             raise
         return _fail(f"this needs the package {error.name}: pip install 'lorayard[{extra}]'", 1)
+    except Exception as error:
+        if not _from_redis(error):
+            raise
+        return _fail(f"Redis failed: {error}", RedisUnavailable.exit_status)
     return status if isinstance(status, int) else 0
+
+
+def _from_redis(error: Exception) -> bool:
+    """Whether redis-py raised it. The import comes late: help must be instant."""
+    from redis.exceptions import RedisError
+
+    return isinstance(error, RedisError)
 
 
 def _fail(sentence: str, status: int) -> int:

@@ -13,7 +13,6 @@ from redis.retry import Retry
 
 from .errors import RedisUnavailable, UsageError
 
-DEFAULT_URL = "redis://127.0.0.1:6379/0"
 OLDEST = (6, 2, 0)
 """Oldest Redis that has every command we use; Valkey's numbers are all higher."""
 
@@ -24,7 +23,7 @@ LOADING_TIMEOUT_S = 300.0
 """How long a Redis may take to read its data back before we give up."""
 
 
-def connect(url: str = DEFAULT_URL, **options: Any) -> redis.Redis:
+def connect(url: str, **options: Any) -> redis.Redis:
     """Client for `redis://`, `rediss://` or `unix://`, checked: it answers, lets us in, has its data, is new enough.
 
     `options` are redis-py's and override our defaults. A command is never sent twice behind the caller's back: a lost

@@ -47,12 +47,11 @@ class EmbeddedRedis:
         with ExitStack() as cleanup:
             lock = _lock(self.data_dir)
             cleanup.callback(os.close, lock)
-            socket = _socket_path(self.data_dir, cleanup)
-            cleanup.callback(socket.unlink, missing_ok=True)
-            socket.unlink(missing_ok=True)  # we hold the lock, so a socket here is a dead server's
-            self.socket_url = f"unix://{quote(str(socket))}?db=0"
-            self.url = f"redis://127.0.0.1:{port}/0" if port else self.socket_url
-            self._process = self._start(socket, port, lock)
+            self.socket = _socket_path(self.data_dir, cleanup)
+            cleanup.callback(self.socket.unlink, missing_ok=True)
+            self.socket.unlink(missing_ok=True)  # we hold the lock, so a socket here is a dead server's
+            self.url = f"redis://127.0.0.1:{port}/0" if port else self._socket_url
+            self._process = self._start(port, lock)
             cleanup.callback(stop, [self._process], STOP_TIMEOUT_S)
             self._wait_started()
             self._cleanup = cleanup.pop_all()
@@ -60,7 +59,11 @@ class EmbeddedRedis:
 
     def client(self) -> redis.Redis:
         """A new client over the private socket."""
-        return connect(self.socket_url)
+        return connect(self._socket_url)
+
+    @property
+    def _socket_url(self) -> str:
+        return f"unix://{quote(str(self.socket))}?db=0"
 
     @property
     def alive(self) -> bool:
@@ -79,14 +82,15 @@ class EmbeddedRedis:
     ) -> None:
         self.close()
 
-    def _start(self, socket: Path, port: int, lock: int) -> subprocess.Popen[bytes]:
+    def _start(self, port: int, lock: int) -> subprocess.Popen[bytes]:
         server, version = find_server()
         if version < (7,) and (self.data_dir / "appendonlydir").exists():
             raise RedisUnavailable(
                 f"{self.data_dir} was written by Redis 7 or newer, which {server} cannot read; set REDIS_SERVER to a "
                 "newer server or name another data folder"
             )
-        name = socket.name if socket.parent == self.data_dir else str(socket)  # relative: the folder may have spaces
+        local = self.socket.parent == self.data_dir
+        name = self.socket.name if local else str(self.socket)  # relative, since the folder's name may have spaces
         settings = {
             "port": port, "bind": "127.0.0.1", "protected-mode": "yes", "unixsocket": name, "unixsocketperm": 700,
             "appendonly": "yes", "appendfsync": "everysec", "save": "", "daemonize": "no", "logfile": "redis.log",
@@ -105,7 +109,7 @@ class EmbeddedRedis:
 
     def _wait_started(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
-        reason = "it ended at once"
+        reason = ""
         while self.alive and time.monotonic() < deadline:
             try:
                 self.client().close()
@@ -113,10 +117,13 @@ class EmbeddedRedis:
             except RedisUnavailable as error:
                 reason = str(error)
             time.sleep(0.005)
+        raise self.failure(reason if self.alive else "it ended")
+
+    def failure(self, reason: str) -> RedisUnavailable:
+        """The error to raise when the server is not as it should be, with the last lines of its log."""
         log_file = self.data_dir / "redis.log"
         tail = log_file.read_text(errors="replace").splitlines()[-5:] if log_file.exists() else []
-        cause = reason if self.alive else f"it ended with status {self._process.returncode}"
-        raise RedisUnavailable("\n  ".join([f"redis-server did not start: {cause}; last lines of {log_file}:", *tail]))
+        return RedisUnavailable("\n  ".join([f"redis-server failed: {reason}; the end of {log_file}:", *tail]))
 
 
 def find_server() -> tuple[str, tuple[int, ...]]:
