@@ -1,0 +1,143 @@
+"""Slots: the combinations of adapters that are resident beside a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lorayard.kernels.lora import add_lora
+from lorayard.shared.errors import AdapterError, SlotBusy, UsageError
+from lorayard.shared.job import MAX_RANK_SUM
+
+from ..models.batch import LoraRows
+
+if TYPE_CHECKING:
+    from ..models.model import Model
+    from .peft import Lora
+
+
+@dataclass(slots=True)
+class _Slot:
+    """One combination: A [R, K] and B [N, R] for each linear, R the sum of the adapters' largest ranks."""
+
+    loras: tuple[Lora, ...] = ()
+    stacked: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    pins: int = 0
+    used: int = 0
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        return tuple(lora.digest for lora in self.loras)
+
+
+class LoraBank:
+    """`slots` places for combinations of adapters, each of a rank sum up to `max_rank`.
+
+    A combination is one or more adapters of different names, in the order of their names, without scales. A slot in
+    use (pinned) never changes.
+    """
+
+    def __init__(self, model: Model, slots: int = 8, max_rank: int | None = None) -> None:
+        if slots < 1:
+            raise UsageError(f"a LoRA bank needs at least one slot, not {slots}")
+        self.model, self.slots = model, slots
+        self.max_rank = MAX_RANK_SUM if max_rank is None else max_rank
+        self.swaps = 0
+        self._slots = [_Slot() for _ in range(slots)]
+        self._clock = 0
+
+    @property
+    def combinations(self) -> list[tuple[str, ...] | None]:
+        """What each slot holds, as ID@DIGEST8 (see shared.job.combination); None for an empty slot."""
+        return [tuple(f"{lora.name}@{lora.digest[:8]}" for lora in slot.loras) or None for slot in self._slots]
+
+    def find(self, loras: tuple[Lora, ...]) -> int | None:
+        """The slot that holds exactly this combination."""
+        digests = tuple(lora.digest for lora in _ordered(loras))
+        return next((i for i, slot in enumerate(self._slots) if slot.digests == digests), None)
+
+    def place(self, loras: tuple[Lora, ...], slot: int | None = None) -> int:
+        """Make the combination resident and return its slot.
+
+        That is the slot that holds it already, else the given one, else an empty or the longest unused drained one.
+        Raises SlotBusy when that is pinned or there is none, AdapterError when the ranks are too large.
+        """
+        present = self.find(loras)
+        if present is None:
+            rank = sum(lora.max_rank for lora in loras)
+            if rank > self.max_rank:
+                names = ", ".join(lora.name for lora in loras)
+                raise AdapterError(f"the ranks of {names} sum to {rank}; a slot holds {self.max_rank}")
+            present = self._drained() if slot is None else slot
+            self._fill(present, _ordered(loras))
+        self._touch(present)
+        return present
+
+    def pin(self, slot: int) -> None:
+        """A job that uses the slot was queued."""
+        self._slots[slot].pins += 1
+        self._touch(slot)
+
+    def unpin(self, slot: int) -> None:
+        """That job is done."""
+        assert self._slots[slot].pins > 0, slot
+        self._slots[slot].pins -= 1
+
+    def rank_scales(self, slot: int, scales: tuple[float, ...]) -> Tensor:
+        """float32 [R]: each adapter's scale, in the order of the adapters' names, once for each of its ranks."""
+        ranks = torch.tensor([lora.max_rank for lora in self._slots[slot].loras])
+        return torch.tensor(scales, dtype=torch.float32).repeat_interleave(ranks)
+
+    def apply(self, name: str, x: Tensor, y: Tensor, loras: tuple[LoraRows, ...]) -> Tensor:
+        """y [T, N] of the linear `name` for its input x [T, K], with each slot's delta added to its rows in place."""
+        for use in loras:
+            pair = self._slots[use.slot].stacked.get(name)
+            if pair:
+                add_lora(x, y, use.rows, use.scales, *pair)
+        return y
+
+    def _touch(self, slot: int) -> None:
+        self._clock += 1
+        self._slots[slot].used = self._clock
+
+    def _drained(self) -> int:
+        free = [i for i, slot in enumerate(self._slots) if not slot.pins]
+        if not free:
+            raise SlotBusy(f"all {self.slots} slots are in use")
+        return min(free, key=lambda i: (bool(self._slots[i].loras), self._slots[i].used))
+
+    def _fill(self, index: int, loras: tuple[Lora, ...]) -> None:
+        old = self._slots[index]
+        if old.pins:
+            raise SlotBusy(f"slot {index} is in use by {old.pins} jobs")
+        self.swaps += bool(old.loras)
+        self._slots[index] = _Slot()
+        modules = {module for lora in loras for module in lora.tensors}
+        stacked = {module: _stack(loras, module, self.model.linears[module].device) for module in modules}
+        self._slots[index] = _Slot(loras, stacked)
+
+
+def _ordered(loras: tuple[Lora, ...]) -> tuple[Lora, ...]:
+    names = {lora.name for lora in loras}
+    if not loras or len(names) < len(loras):
+        raise AdapterError("a combination is one or more adapters of different names")
+    return tuple(sorted(loras, key=lambda lora: lora.name))
+
+
+def _stack(loras: tuple[Lora, ...], module: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A [R, K] and B [N, R]; zeros where an adapter has a smaller rank at this linear, or none."""
+    present = next(lora.tensors[module] for lora in loras if module in lora.tensors)
+    total = sum(lora.max_rank for lora in loras)
+    a = present[0].new_zeros(total, present[0].shape[1])
+    b = present[1].new_zeros(len(present[1]), total)
+    start = 0
+    for lora in loras:
+        if module in lora.tensors:
+            half_a, half_b = lora.tensors[module]
+            a[start : start + len(half_a)] = half_a
+            b[:, start : start + len(half_a)] = half_b
+        start += lora.max_rank
+    return a.to(device), b.to(device)

@@ -1,0 +1,195 @@
+"""A model: loaded layer by layer over devices, run one batch at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lorayard.kernels.attention import tile
+from lorayard.kernels.rms_norm import rms_norm
+from lorayard.shared.errors import ModelError, NotSupported, UsageError
+
+from ..cache.storage import PAGE, Cache
+from ..linear import linear
+from ..linear.linear import Linear, Shape
+from ..linear.tensors import Tensors
+from .adapters import Adapter, Bank
+from .batch import Batch, LoraRows
+from .config import ModelConfig
+from .llama import Layer, Step, layer_linears, layer_norms
+from .placement import Devices, budgets, place
+from .rope import tables
+
+EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"
+IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|(?!model\.|lm_head\.).*")
+"""Tensors that are beside the point: old checkpoints' RoPE tables, and what another file format's names hold."""
+
+
+class Model:
+    """A Llama model. `load` before anything else; the CPU computes in float32, a GPU in fp16 or bf16."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self.unload()
+
+    def unload(self) -> None:
+        """Give the memory back."""
+        self.layers: list[Layer] = []
+        self.linears: dict[str, Linear] = {}
+        self.rope: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self.dtype = torch.float32
+        self.head: Linear | None = None
+        self.embedding = self.norm = torch.empty(0)
+
+    @property
+    def layer_devices(self) -> tuple[torch.device, ...]:
+        """The device of each layer; empty until the model is loaded."""
+        return tuple(layer.device for layer in self.layers)
+
+    def load(
+        self,
+        cache: Cache | None = None,
+        devices: Devices = "auto",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Read the checkpoint onto `devices` (see placement.budgets), allocating `cache` beside the layers.
+
+        Everything is checked by the files' headers before memory is spent. progress(done, total) is called after each
+        of the total parts. Raises ModelError, NotSupported or UsageError; a model that failed to load holds nothing.
+        """
+        self.unload()
+        limits = budgets(devices)
+        tensors = checkpoint(self.config)
+        placed = place(self._sizes(tensors, cache), limits)
+        try:
+            self._read(tensors, placed, cache, progress or (lambda done, total: None))
+        except BaseException:
+            self.unload()
+            if cache is not None:
+                cache.free()
+            raise
+
+    def _sizes(self, tensors: Tensors, cache: Cache | None) -> list[int]:
+        """Bytes of the embedding, each layer with its cache, and the head."""
+        config = self.config
+        layers = [tensors.stored_bytes(f"model.layers.{i}.") for i in range(config.num_layers)]
+        head = tensors.stored_bytes(EMBEDDING if config.tied_head else "lm_head.")
+        pools = cache.layer_bytes if cache is not None else 0
+        return [tensors.stored_bytes(EMBEDDING), *(size + pools for size in layers), head]
+
+    def _read(
+        self, tensors: Tensors, placed: list[torch.device], cache: Cache | None, progress: Callable[[int, int], None]
+    ) -> None:
+        config = self.config
+        self.dtype = compute_dtype(tensors, placed)
+        self.embedding = tensors.read(EMBEDDING).to(placed[0], self.dtype)
+        progress(1, len(placed))
+        for i, device in enumerate(placed[1:-1]):
+            layer = Layer(config, tensors, i, device, self.dtype)
+            if cache is not None:
+                cache.allocate(i, device)
+            self.layers.append(layer)
+            self.linears |= {module.name: module for module in layer.linears.values()}
+            progress(i + 2, len(placed))
+        self.norm = tensors.read(NORM).to(placed[-1], self.dtype)
+        if config.tied_head:
+            self.head = Linear(head_shape(config), self.embedding.to(placed[-1]), None)
+        else:
+            self.head = linear.read(tensors, head_shape(config), config.gptq, placed[-1], self.dtype)
+        turns = tables(config)
+        self.rope = {device: (turns[0].to(device), turns[1].to(device)) for device in set(placed)}
+        progress(len(placed), len(placed))
+
+    def forward(self, batch: Batch, cache: Cache, bank: Bank | None = None) -> Tensor:
+        """Logits, float32 [L, vocab] on the head's device, of the tokens batch.logit_rows.
+
+        K and V of every token are written into the cache before any attends. Token ids and positions must be in range:
+        the caller checks them, a GPU does not.
+        """
+        if self.head is None:
+            raise UsageError("the model is not loaded")
+        steps = self._steps(batch, bank)
+        h = functional.embedding(batch.token_ids.to(self.embedding.device), self.embedding)
+        for i, layer in enumerate(self.layers):
+            h = layer.forward(h.to(layer.device), steps[layer.device], *cache[i])
+        h = h[batch.logit_rows.to(h.device)].to(self.norm.device)
+        return self.head(rms_norm(h, self.norm, self.config.norm_eps)).float()
+
+    def _steps(self, batch: Batch, bank: Bank | None) -> dict[torch.device, Step]:
+        tiles = tile(batch.sequence, batch.positions, batch.page_table, PAGE)
+        return {
+            device: Step.of(batch.to(device), tiles.to(device), self.rope[device], bank)
+            for device in set(self.layer_devices)
+        }
+
+    def logits(
+        self, token_ids: Sequence[int] | Tensor, loras: Sequence[Adapter | tuple[Adapter, float]] = ()
+    ) -> Tensor:
+        """Logits, float32 [tokens, vocab] on the CPU, of each token of one text under one LoRA set.
+
+        `loras`: adapters, or (adapter, scale) pairs. Uses a cache of its own.
+        """
+        ids = torch.as_tensor(token_ids, dtype=torch.int64).cpu()
+        if ids.dim() != 1 or not 0 < len(ids) <= self.config.max_seq_len:
+            raise UsageError(f"token_ids must be a list of 1 to {self.config.max_seq_len} ids")
+        if int(ids.min()) < 0 or int(ids.max()) >= self.config.vocab_size:
+            raise UsageError(f"token ids must be between 0 and {self.config.vocab_size - 1}")
+        cache = Cache(self, len(ids), {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(self.dtype, "fp16"))
+        rows, pages = torch.arange(len(ids)), torch.arange(cache.pages)[None]
+        pairs = [item if isinstance(item, tuple) else (item, 1.0) for item in loras]
+        bank: Bank | None = None
+        used: tuple[LoraRows, ...] = ()
+        if pairs:
+            bank, use = pairs[0][0].resident(self, pairs, rows)
+            used = (use,)
+        return self.forward(Batch(ids, rows, torch.zeros_like(rows), pages, rows, used), cache, bank).cpu()
+
+
+def head_shape(config: ModelConfig) -> Shape:
+    """The linear that gives logits."""
+    return Shape("lm_head", config.hidden_size, config.vocab_size)
+
+
+def compute_dtype(tensors: Tensors, placed: list[torch.device]) -> torch.dtype:
+    """float32 on the CPU; on a GPU bf16 for a checkpoint of bf16, else fp16."""
+    if any(device.type == "cpu" for device in placed):
+        return torch.float32
+    return torch.bfloat16 if tensors.entries[EMBEDDING].dtype == "BF16" else torch.float16
+
+
+def checkpoint(config: ModelConfig) -> Tensors:
+    """The model folder's tensors, all there and of the right shapes. index.json is not read: it may be stale.
+
+    Raises ModelError or NotSupported naming the tensor; a tensor that the model would not use is refused too, since
+    leaving it out would change the results.
+    """
+    paths = sorted(config.path.glob("*.safetensors"))
+    if not paths:
+        raise ModelError(f"{config.path} holds no *.safetensors; other weight files are not read")
+    tensors = Tensors(paths, ModelError)
+    shapes = [s for i in range(config.num_layers) for s in layer_linears(config, i).values()]
+    if not config.tied_head:
+        shapes.append(head_shape(config))
+    tensors.require(EMBEDDING, (config.vocab_size, config.hidden_size))
+    for shape in shapes:
+        linear.check(tensors, shape, config.gptq)
+    norms = [NORM, *(name for i in range(config.num_layers) for name in layer_norms(i))]
+    for name in norms:
+        tensors.require(name, (config.hidden_size,))
+    _refuse_unused(tensors, {EMBEDDING, *norms}, shapes, config.tied_head)
+    return tensors
+
+
+def _refuse_unused(tensors: Tensors, names: set[str], shapes: Sequence[Shape], tied: bool) -> None:
+    known = {*names, *(["lm_head.weight"] if tied else ())}
+    for shape in shapes:
+        known |= {f"{shape.name}.{part}" for part in linear.parts(tensors, shape)}
+    for name, entry in tensors.entries.items():
+        if name not in known and not IGNORED.fullmatch(name):
+            if name.endswith(".bias") and not tensors.read(name).any():
+                continue
+            raise NotSupported(f"{entry.path}: tensor {name} has no place in the model that config.json describes")
