@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from contextlib import suppress
 from typing import Any
 
 import redis
@@ -40,8 +41,7 @@ def connect(url: str, **options: Any) -> redis.Redis:
     }
     try:
         client = redis.Redis.from_url(url, **defaults | options)
-        version = _server_version(client)
-        _wait_loaded(client, shown)
+        version = _loaded_version(client, shown)
     except (ValueError, TypeError) as error:
         raise UsageError(f"the Redis URL {shown} is malformed: {error}") from None
     except AuthenticationError as error:
@@ -63,7 +63,7 @@ def connect(url: str, **options: Any) -> redis.Redis:
 
 def display(url: str) -> str:
     """The URL without its password, for people to read."""
-    return re.sub(r"(://[^/@]*?:)[^@/]*@", r"\1***@", url.split("?")[0])
+    return re.sub(r"(://[^/@]*?:).*@", r"\1***@", url.partition("?")[0])
 
 
 def parse_version(text: str) -> tuple[int, ...]:
@@ -76,7 +76,7 @@ def _dotted(version: tuple[int, ...]) -> str:
 
 
 def _server_version(client: redis.Redis) -> tuple[int, ...]:
-    """Version by HELLO, which every ACL user may call and which answers while the data is being loaded."""
+    """Version by HELLO, which every ACL user may call."""
     reply = client.execute_command("HELLO")
     pairs = reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=True)
     return parse_version({_text(name): _text(value) for name, value in pairs}["version"])
@@ -86,14 +86,15 @@ def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
-def _wait_loaded(client: redis.Redis, shown: str) -> None:
+def _loaded_version(client: redis.Redis, shown: str) -> tuple[int, ...]:
+    """Version of the server, once it has read its data back."""
     deadline = time.monotonic() + LOADING_TIMEOUT_S
     while True:
         try:
-            client.ping()
-            return
-        except NoPermissionError:
-            return  # a user without PING: the answer itself says that the data is there
+            version = _server_version(client)
+            with suppress(NoPermissionError):  # without PING, a loading server shows at the first real command
+                client.ping()
+            return version
         except BusyLoadingError:
             if time.monotonic() > deadline:
                 raise RedisUnavailable(

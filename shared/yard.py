@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 from redis import Redis
@@ -42,7 +42,7 @@ class Yard:
     """
 
     def __init__(self, redis: Redis, url: str, keys: Keys, logs: Path, worker: Sequence[str]) -> None:
-        self.redis: Any = redis  # its types leave open whether replies are decoded
+        self.redis = cast(Any, redis)  # its types leave open whether replies are decoded
         self.keys, self._logs = keys, logs
         self._env = os.environ | {"LORAYARD_REDIS_URL": url, "LORAYARD_PREFIX": keys.prefix}
         self._argv = {"dispatcher": ["dispatcher"], "worker": ["worker", *worker]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import click
 from redis import Redis
@@ -29,7 +29,7 @@ class Tour:
     """
 
     def __init__(self, redis: Redis, keys: Keys) -> None:
-        self.redis: Any = redis  # its types leave open whether replies are decoded
+        self.redis = cast(Any, redis)  # its types leave open whether replies are decoded
         self.keys = keys
         self.gpu: str = sorted(self.redis.smembers(keys.gpus))[0]
         self.slots = self._slots()
