@@ -18,7 +18,7 @@ from .children import spawn, stop
 from .errors import LorayardError
 from .keys import Keys
 
-STOP_GRACE_S = 30.0
+STOP_GRACE_S = 45.0  # a worker lets running jobs finish for 30 of them
 RESTART_PAUSE_S = 1.0
 TAIL_LINES = 12
 

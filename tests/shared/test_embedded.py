@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import socket
@@ -19,14 +18,14 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from lorayard.shared import embedded
 from lorayard.shared.children import spawn, stop
-from lorayard.shared.connect import connect, display
+from lorayard.shared.connect import OLDEST, connect, display
 from lorayard.shared.embedded import EmbeddedRedis, find_server
 from lorayard.shared.errors import RedisUnavailable, UsageError
 
 SERVERS = {
     path
     for path in (shutil.which("redis-server"), shutil.which("valkey-server"), embedded._bundled_server())
-    if path and os.access(path, os.X_OK)
+    if path and embedded._version_of(path) >= OLDEST
 }
 
 
