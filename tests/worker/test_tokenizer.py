@@ -121,7 +121,7 @@ FALLBACK = fallback_tokenizer()
     "name, text, sentence",
     [
         ("tokenizer.json", "{", "is not a tokenizer"),
-        ("config.json", "[]", "must hold a JSON map"),
+        ("config.json", "[]", "must hold a JSON object"),
         ("generation_config.json", '{"eos_token_id": "x"}', "a whole number is expected"),
         ("tokenizer_config.json", '{"chat_template": 3}', "chat_template must be text"),
         ("tokenizer_config.json", '{"chat_template": "{% for %}"}', "not valid Jinja"),

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as Vocabulary
 
 from lorayard.shared.errors import ModelError, Refused
 
+from ..files import JsonFile
 from .stream import ByteStream, TextStream, WindowStream
 from .template import ChatTemplate
 from .trial import checked_template
@@ -102,15 +103,7 @@ def _check_text(text: str) -> None:
 
 def _read_json(file: Path) -> dict[str, Any]:
     """A JSON map, empty if there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{file} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{file} must hold a JSON map")
-    return value
+    return JsonFile(file, ModelError).data if file.is_file() else {}
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:

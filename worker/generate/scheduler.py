@@ -1,0 +1,123 @@
+"""Who runs, and which tokens the next step computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lorayard.shared.errors import SlotBusy
+
+from ..cache.page import PageTable, chain
+from ..cache.storage import PAGE
+from ..lora.bank import LoraBank
+from .generation import Generation
+
+MAX_SKIPS = 4
+"""How often later jobs may start before one that waits for pages or a slot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The tokens [start, end) of a job, computed in one step; with its last token, the next one can be drawn."""
+
+    generation: Generation
+    start: int
+    end: int
+
+    @property
+    def complete(self) -> bool:
+        """True if nothing is left to compute before the next token."""
+        return self.end == len(self.generation.token_ids)
+
+
+class Scheduler:
+    """The queue and the batch. A job starts when it has a place in the batch, its slot, and all its pages."""
+
+    def __init__(self, table: PageTable, bank: LoraBank, max_batch: int, chunk: int) -> None:
+        self.table, self.bank = table, bank
+        self.max_batch, self.chunk = max_batch, chunk
+        self.waiting: list[Generation] = []
+        self.running: list[Generation] = []
+        self.failed: list[tuple[Generation, Exception]] = []
+        """Jobs whose adapters could not be placed, for the generator to end."""
+
+    def schedule(self) -> list[Span]:
+        """The next step: a token of every job that is generating, then up to `chunk` of prompts, oldest first."""
+        self._admit()
+        missing = [(each, len(each.token_ids) - each.computed) for each in self.running]
+        spans = [Span(each, each.computed, each.computed + 1) for each, count in missing if count == 1]
+        budget = self.chunk
+        for each, count in missing:
+            size = min(count, budget)
+            if count > 1 and size:
+                spans.append(Span(each, each.computed, each.computed + size))
+                budget -= size
+        return spans
+
+    def advance(self, span: Span) -> None:
+        """The span's K/V is in the cache: publish the pages that it filled."""
+        each = span.generation
+        each.computed = span.end
+        if span.start // PAGE < span.end // PAGE:
+            keys = chain(each.request.salt, each.token_ids[: span.end])
+            for index in range(span.start // PAGE, len(keys)):
+                self.table.publish(each.pages[index], keys[index])
+
+    def remove(self, each: Generation) -> None:
+        """Forget a job and free its pages and slot."""
+        (self.running if each in self.running else self.waiting).remove(each)
+        self.table.release(each.pages)
+        if each.slot is not None:
+            self.bank.unpin(each.slot)
+        each.pages, each.slot = (), None
+
+    def _admit(self) -> None:
+        """Start what can start, first come first served, except that jobs may pass one that cannot start yet.
+
+        A job passed MAX_SKIPS times is not passed any more: waiting for a slot, by none that needs a new slot; waiting
+        for pages, by none at all.
+        """
+        passed: list[Generation] = []
+        new_slots = True
+        for each in tuple(self.waiting):
+            if len(self.running) >= self.max_batch:
+                break
+            if self._seat(each, new_slots) and self._reserve(each):
+                self.waiting.remove(each)
+                self.running.append(each)
+                for earlier in passed:
+                    earlier.skips += 1
+                continue
+            passed.append(each)
+            if each.skips >= MAX_SKIPS:
+                if each.slot is not None or not each.request.loras:
+                    break
+                new_slots = False
+
+    def _seat(self, each: Generation, new_slots: bool) -> bool:
+        """Pin the slot that holds the job's combination, filling one if need be and allowed."""
+        adapters = each.request.adapters
+        if not adapters or each.slot is not None:
+            return True
+        slot = self.bank.find(adapters)
+        if slot is None and new_slots:
+            try:
+                slot = self.bank.place(adapters, each.request.slot)
+            except SlotBusy:
+                return False
+            except Exception as error:  # whatever is wrong with these adapters concerns this job alone
+                self.failed.append((each, error))
+        if slot is None:
+            return False
+        self.bank.pin(slot)
+        each.slot = slot
+        return True
+
+    def _reserve(self, each: Generation) -> bool:
+        """Give the job its pages: with max_tokens more there is never too little memory later."""
+        request = each.request
+        count = -(-(len(request.prompt) + request.max_tokens) // PAGE)
+        reservation = self.table.reserve(count, request.prefix_keys)
+        if reservation is None:
+            return False
+        each.pages, each.computed = reservation.pages, reservation.reused * PAGE
+        return True
