@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,7 +103,7 @@ class Scripts:
 
     def claim(self, gpu: str, worker: str, lease_ms: int, most: int, execution: str, running: int) -> list[Lease]:
         """Raises Superseded. `execution` is random hex, new for each call; at most 256 jobs a call."""
-        args = [gpu, worker, lease_ms, min(most, 256), WIRE_VERSION, execution, running]
+        args: list[Value] = [gpu, worker, lease_ms, min(most, 256), WIRE_VERSION, execution, running]
         rows = self._scripts["claim"](keys=[], args=[self.keys.prefix, self.now_ms, *args])
         if rows == 0:
             raise Superseded(f"{gpu} has been given to another worker")
@@ -113,13 +113,23 @@ class Scripts:
         ]
 
     def renew(
-        self, gpu: str, worker: str, lease_ms: int, record_s: int, composites: Iterable[str]
+        self, gpu: str, worker: str, lease_ms: int, record_s: int, composites: Sequence[str],
+        fields: Mapping[str, Value] | None = None,
     ) -> list[str]:  # fmt: skip
-        """-> the `ID:EXECUTION` whose lease is lost. Raises Superseded."""
-        lost = self._run("renew", [], [gpu, worker, lease_ms, record_s, *composites])
+        """-> the `ID:EXECUTION` whose lease is lost; `fields` go into yard:gpu:GPU. Raises Superseded."""
+        args = [gpu, worker, lease_ms, record_s, len(composites), *composites, *_flat(fields or {})]
+        lost = self._run("renew", [], args)
         if lost == 0:
             raise Superseded(f"{gpu} has been given to another worker")
         return list(lost)
+
+    def listen(self, gpu: str, worker: str, obeyed: Iterable[str], pipe: Pipeline | None = None) -> Any:
+        """-> [jobs waiting, `cancel:ID` or `expire:ID` ...] or 0; `obeyed` are stops of earlier answers"""
+        return self._run("listen", [], [gpu, worker, *obeyed], pipe)
+
+    def drain(self, gpu: str, worker: str) -> int:
+        """-> number of queued jobs put back, -1 if the GPU has been given to another worker"""
+        return int(self._run("drain", [], [gpu, worker]))
 
     def emit(
         self, gpu: str, job_id: str, execution: str, event: Mapping[str, Value], pipe: Pipeline | None = None

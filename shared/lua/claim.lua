@@ -8,7 +8,7 @@ if g[1] ~= worker then return 0 end
 local running, limit = tonumber(ARGV[9]), tonumber(g[2] or 0) -- limit: size of a group of suspects; 0: no suspects run
 if running == 0 then limit = 0 end
 local executions = 'rq:worker:' .. worker .. ':executions'
-local score = math.floor((now + lease) / 1000)
+local score = math.floor((now + lease) / 1000) + RQ_MARGIN_S
 local later, rows = {}, {}
 
 -- Suspects run with suspects alone, in groups as small as the smallest of them asks for.
@@ -27,12 +27,15 @@ end
 
 local function start(id, f)
   local execution = ARGV[8] .. string.format('%06x', #rows)
-  local composite, at, seconds = id .. ':' .. execution, utc(now), math.ceil(lease / 1000)
+  local composite, at, seconds = id .. ':' .. execution, utc(now), math.ceil(lease / 1000) + RQ_MARGIN_S
+  for _, earlier in ipairs(call('ZRANGE', 'rq:executions:' .. id, 0, -1)) do -- RQ has requeued it meanwhile
+    drop_lease(gpu, worker, id, earlier)
+  end
   call('HSET', 'rq:execution:' .. composite, 'id', execution, 'job_id', id, 'created_at', now / 1000,
     'last_heartbeat', now / 1000, 'worker_name', worker)
-  call('EXPIRE', 'rq:execution:' .. composite, seconds + 60)
-  call('ZADD', 'rq:executions:' .. id, score + 60, execution)
-  call('EXPIRE', 'rq:executions:' .. id, seconds + 60)
+  call('EXPIRE', 'rq:execution:' .. composite, seconds)
+  call('ZADD', 'rq:executions:' .. id, score, execution)
+  call('EXPIRE', 'rq:executions:' .. id, seconds)
   call('ZADD', wip_key(gpu), score, composite)
   call('SADD', executions, composite)
   call('HSET', job_key(id), 'status', 'started', 'started_at', at, 'last_heartbeat', at, 'worker_name', worker)

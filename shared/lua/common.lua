@@ -11,6 +11,7 @@ local call = redis.call
 -- changes nothing, work that is in the system still finishes when clients are already refused.
 call('PERSIST', P .. 'info')
 local KEPT_FIELDS, KEPT_BYTES = 64, 4096 -- of a refused entry
+local RQ_MARGIN_S = 60 -- RQ sees a lease end this much later, so that our reclaim always comes before its own clean-up
 
 local function job_key(id) return 'rq:job:' .. id end
 local function queue_key(gpu) return 'rq:queue:' .. gpu end
@@ -62,7 +63,7 @@ end
 -- Writes the one final event where the client asked for it, and turns the job into a tombstone that lives for ttl.
 local function answer(id, status, event)
   local key = job_key(id)
-  local f = call('HMGET', key, 'reply', 'batch', 'ttl', 'gpu')
+  local f = call('HMGET', key, 'reply', 'batch', 'keep', 'gpu')
   local ttl = tonumber(f[3])
   call('HDEL', key, 'req')
   call('ZREM', P .. 'deadlines', id)

@@ -11,7 +11,7 @@ local function reject()
     if known[1] == ARGV[5] and known[2] ~= 'busy' then return 'duplicate' end
     if not known[1] or known[2] == 'busy' then
       call('DEL', job_key(id), P .. 'out:' .. id, P .. 'reply:' .. id, P .. 'cancelled:' .. id)
-      call('HSET', job_key(id), 'fp', ARGV[5], 'reply', ARGV[8], 'batch', ARGV[9], 'ttl', ARGV[10],
+      call('HSET', job_key(id), 'fp', ARGV[5], 'reply', ARGV[8], 'batch', ARGV[9], 'keep', ARGV[10],
         'origin', 'lanes', 'created_at', utc(now))
       answer(id, 'failed', {'ev', 'error', 'code', ARGV[6], 'error', ARGV[7]})
     end

@@ -58,6 +58,11 @@ class Tokenizer:
         template = checked_template(source, special) if source else None
         return cls(vocabulary, bos_ids[0] if bos_ids else None, frozenset(eos_ids), template)
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `render` and `encode_chat` can do anything."""
+        return self._template is not None
+
     def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
         """Token ids of a text. add_bos None: as tokenizer.json says. Raises Refused("bad_field")."""
         return self.encode_batch([text], add_bos)[0]

@@ -1,0 +1,52 @@
+"""From a job to what the engine takes: token ids, adapters, a number of tokens. Never on the engine's thread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lorayard.shared.job import Job
+
+from .library import AdapterLibrary
+
+if TYPE_CHECKING:
+    from lorayard.worker.lora.peft import Lora
+    from lorayard.worker.text.tokenizer import Tokenizer
+
+DEFAULT_MAX_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A job ready for `Generator.enqueue`, which checks it. `loras` holds (adapter, the job's own scale)."""
+
+    token_ids: list[int]
+    loras: tuple[tuple[Lora, float], ...]
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Preparer:
+    """`capacity` is the most tokens, prompt and new ones together, that one job may have."""
+
+    tokenizer: Tokenizer
+    library: AdapterLibrary
+    capacity: int
+
+    def __call__(self, job: Job) -> Prepared:
+        """Raises Refused."""
+        token_ids = self._tokens(job)
+        room = max(1, self.capacity - len(token_ids))
+        loras = tuple(
+            (self.library.get(name, digest), scale)
+            for (name, scale), digest in zip(job.lora.adapters, job.digests, strict=True)
+        )
+        return Prepared(token_ids, loras, job.max_tokens or min(DEFAULT_MAX_TOKENS, room))
+
+    def _tokens(self, job: Job) -> list[int]:
+        if job.tokens is not None:
+            return list(job.tokens)
+        if job.messages is not None:
+            return self.tokenizer.encode_chat(job.messages)
+        assert job.prompt is not None
+        return self.tokenizer.encode_batch([job.prompt], add_bos=job.add_bos)[0]  # unlike encode, it frees the GIL

@@ -1,0 +1,98 @@
+"""One worker process: `python -m lorayard.worker.queue.process SPEC`, with LORAYARD_REDIS_URL in the environment."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from lorayard.shared.connect import connect
+from lorayard.shared.errors import LorayardError
+from lorayard.shared.keys import Keys
+from lorayard.shared.scripts import Scripts, Superseded
+
+from ..lora.folders import scan
+from . import facts
+from .library import AdapterLibrary
+from .prepare import Preparer
+from .spec import WorkerSpec
+from .worker import GpuWorker
+
+log = logging.getLogger(__name__)
+
+SUPERSEDED = 75
+"""Exit status when the GPU has been given to another worker (EX_TEMPFAIL of sysexits.h)."""
+SOCKET_TIMEOUT_S = 15.0
+BEAT_TIMEOUT_S = 2.0
+PREDECESSOR_S = 60.0
+"""How long to wait for a predecessor on the same GPU that still drains, or whose lease has not ended."""
+
+
+def main() -> None:
+    """Entry point; exits with 0 after draining, an error's own status, or SUPERSEDED."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("rq").setLevel(logging.WARNING)
+    try:
+        run(WorkerSpec.load(sys.argv[1]), os.environ["LORAYARD_REDIS_URL"])
+    except LorayardError as error:
+        print(f"lorayard: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_status)
+    except Superseded:
+        sys.exit(SUPERSEDED)
+
+
+def run(spec: WorkerSpec, redis_url: str) -> None:
+    """Take the GPU, load the model while the heart beats, and work until SIGTERM or SIGINT."""
+    keys = Keys(spec.prefix)
+    scripts = Scripts(connect(redis_url, socket_timeout=SOCKET_TIMEOUT_S), keys)
+    beats = Scripts(connect(redis_url, socket_timeout=BEAT_TIMEOUT_S), keys)
+    worker = GpuWorker(
+        scripts, beats, spec.gpu, spec.worker, spec.max_batch, functools.partial(os._exit, SUPERSEDED), spec.lease_ms
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: worker.drain(spec.grace_s))
+    holder = worker.join_yard(
+        PREDECESSOR_S,
+        {"slots": spec.slots, "seats": spec.max_batch, "window": 2 * spec.max_batch, "pid": os.getpid(),
+         "host": os.uname().nodename},
+    )  # fmt: skip
+    if holder is not None:
+        raise LorayardError(f"{spec.gpu} is still held by the live worker {holder}; stop it, or choose another --host")
+    try:
+        _serve(spec, worker)
+    except LorayardError:
+        worker.leave()
+        raise
+
+
+def _serve(spec: WorkerSpec, worker: GpuWorker) -> None:
+    from lorayard.worker import Cache, Generator, Lora, Model, ModelConfig, Tokenizer
+
+    path = Path(spec.model)
+    tokenizer = Tokenizer.from_directory(path)
+    config = ModelConfig.from_directory(path)
+    model = Model(config)
+    on_cpu = spec.devices == "cpu"
+    cache = Cache(model, spec.cache_tokens, dtype="fp32" if on_cpu else "fp16")
+    model.load(cache, devices=spec.devices if isinstance(spec.devices, str) else list(spec.devices))
+    generator = Generator(model, cache, tokenizer, max_batch=spec.max_batch, slots=spec.slots)
+    generator.warmup()
+    digest = facts.base_digest(path)
+    fields = facts.info(
+        path, digest, generator.capacity, config.max_seq_len, config.vocab_size, spec.slots, spec.max_batch,
+        generator.bank.max_rank, tokenizer.has_chat_template,
+    )  # fmt: skip
+    facts.publish(worker.scripts, spec.gpu, fields, spec.lease_ms)
+    roots = [Path(root) for root in spec.adapters]
+    library = AdapterLibrary(
+        functools.partial(scan, roots), functools.partial(Lora.from_directory, model), keep=2 * spec.slots + 8
+    )
+    log.info("%s serves %s", worker.name, path.name)
+    worker.serve(generator, Preparer(tokenizer, library, generator.capacity), digest)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""What a supervisor tells a worker process: one JSON object. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+
+MAX_BATCH = 64
+SLOTS = 8
+CACHE_TOKENS = 32768
+GRACE_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """One worker. gpu: name of its queue; worker: name of this incarnation. devices: see `Model.load`."""
+
+    gpu: str
+    worker: str
+    model: str
+    adapters: tuple[str, ...]
+    devices: str | tuple[str, ...]
+    prefix: str = "yard:"
+    slots: int = SLOTS
+    max_batch: int = MAX_BATCH
+    cache_tokens: int = CACHE_TOKENS
+    lease_ms: int = 10_000
+    """Silence after which the worker counts as dead and its jobs run elsewhere."""
+    grace_s: float = GRACE_S
+    """What running jobs get to finish after SIGTERM."""
+
+    def dump(self) -> str:
+        """As one argument of a command."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def load(cls, text: str) -> WorkerSpec:
+        """Inverse of `dump`."""
+        fields = json.loads(text)
+        devices = fields["devices"]
+        fields["adapters"] = tuple(fields["adapters"])
+        fields["devices"] = devices if isinstance(devices, str) else tuple(devices)
+        return cls(**fields)
+
+
+def gpu_name(kind: str, host: str, index: int) -> str:
+    """`cpu-HOST-N` or `gpu-HOST-INDEX`, with what Redis tools may stumble over replaced in the host's name."""
+    return f"{kind}-{re.sub(r'[^A-Za-z0-9_-]', '-', host)}-{index}"

@@ -1,0 +1,284 @@
+"""The worker: takes jobs from its GPU queue, keeps the engine full, and tells Redis what comes out."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any, Protocol
+
+from redis.exceptions import RedisError
+from rq.serializers import JSONSerializer
+from rq.worker.base import BaseWorker
+
+from lorayard.shared.errors import AdapterError, Refused
+from lorayard.shared.job import Job, SamplingParams
+from lorayard.shared.keys import rq_queue
+from lorayard.shared.scripts import Lease, Scripts, Value
+
+from .heartbeat import RECORD_S, Heartbeat
+from .outbox import Message, News, Outbox, is_away
+from .prepare import Prepared
+from .running import Running
+
+log = logging.getLogger(__name__)
+
+IDLE_S = 0.5  # longest blocking look at an empty queue, so also what SIGTERM may wait for
+PAUSE_S = 0.02  # between looks when there is nothing to wait for
+AWAY_S = 0.2  # between tries while Redis is away
+LEAVE_S = 5.0  # for giving back what is left when Redis is away
+
+
+class Engine(Protocol):
+    """What the worker needs of `Generator`."""
+
+    @property
+    def busy(self) -> bool: ...
+    def enqueue(
+        self, prompt: Sequence[int], *, max_tokens: int, min_tokens: int, sampling: SamplingParams,
+        loras: Sequence[Any], stop: Sequence[str | int], slot: int | None,
+    ) -> Any: ...  # fmt: skip
+    def cancel(self, handle: Any) -> object: ...
+    def iterate(self) -> Sequence[Any]: ...
+
+
+class GpuWorker(BaseWorker):
+    """RQ's worker of one GPU queue, with many jobs in flight: the record is RQ's, the work loop is ours.
+
+    `superseded` is called in the heartbeat's thread when the GPU has been given to another worker. `beat_scripts` has
+    the heartbeat's own connection.
+    """
+
+    def __init__(
+        self, scripts: Scripts, beat_scripts: Scripts, gpu: str, name: str, seats: int,
+        superseded: Callable[[], object], lease_ms: int,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            [gpu], name=name, connection=scripts.redis, serializer=JSONSerializer, worker_ttl=RECORD_S - 60
+        )
+        self.scripts, self.gpu, self.seats, self.lease_ms = scripts, gpu, seats, lease_ms
+        self.heart = Heartbeat(beat_scripts, gpu, name, lease_ms, self._status, superseded)
+        self._condition = "loading"
+        self._outbox = Outbox(scripts, gpu, name)
+        self._running: dict[str, Running] = {}
+        self._handles: dict[Any, Running] = {}
+        self._prepared: dict[Future[Prepared], Running] = {}
+        self._obeyed: list[str] = []
+        self._waiting = 0
+        self._found_job = False
+        self._retry_at = 0.0
+        self._drain_until: float | None = None
+        self._tokens = 0
+        self._counted = (0, time.monotonic())
+
+    def join_yard(self, wait_s: float, fields: Mapping[str, Value]) -> str | None:
+        """Take the GPU and start the heart. Waits for a predecessor that may be dead; -> its name if it lives on.
+
+        `fields` go into yard:gpu:GPU.
+        """
+        deadline = time.monotonic() + wait_s
+        while True:
+            ok, detail = self.scripts.register(self.gpu, self.name, self.lease_ms, {**fields, **self._status()})
+            if ok:
+                break
+            if time.monotonic() > deadline or self._drain_until is not None:
+                return str(detail)
+            time.sleep(PAUSE_S)
+        self.register_birth()  # type: ignore[no-untyped-call]
+        self.heart.start()
+        return None
+
+    def drain(self, grace_s: float) -> None:
+        """Take no more jobs; those in flight have `grace_s` to end. Fit for a signal handler."""
+        until = time.monotonic() + grace_s
+        self._drain_until = min(self._drain_until or until, until)
+
+    def serve(self, engine: Engine, prepare: Callable[[Job], Prepared], base_digest: str) -> None:
+        """Work until drained, then give back what is left and leave the yard. Raises Superseded."""
+        self._engine, self._prepare, self._base_digest = engine, prepare, base_digest
+        self._publish("ready")
+        with ThreadPoolExecutor(1, thread_name_prefix="prepare") as self._helper:
+            while not self._drained():
+                self._turn()
+            self._helper.shutdown(cancel_futures=True)
+        self.leave()
+
+    def _turn(self) -> None:
+        news = self._exchange()
+        if news is not None:
+            self._obey(news)
+            self._claim()
+        self._admit()
+        if self._engine.busy:
+            self._step()
+        elif self._prepared:
+            wait(self._prepared, timeout=PAUSE_S, return_when=FIRST_COMPLETED)
+        elif not self._outbox.messages or news is None:
+            self._idle(news)
+
+    def _exchange(self) -> News | None:
+        """Send and listen; None while Redis is away."""
+        if time.monotonic() < self._retry_at:
+            return None
+        try:
+            news = self._outbox.exchange(self._obeyed)
+        except RedisError as error:
+            self._back_off(error)
+            return None
+        self._retry_at = 0.0
+        self._waiting = news.waiting
+        return news
+
+    def _back_off(self, error: RedisError) -> None:
+        if not is_away(error):
+            raise error
+        if not self._retry_at:
+            log.warning("Redis is away, the jobs in flight go on: %s", error)
+        self._retry_at = time.monotonic() + AWAY_S
+
+    def _obey(self, news: News) -> None:
+        for job_id, execution in [*news.lost, *self.heart.take_lost()]:
+            running = self._running.get(job_id)
+            if running is not None and running.lease.execution == execution:
+                log.warning("job %s: the lease is lost, it runs elsewhere", job_id)
+                self._end(running, [])
+        for stop in news.stops:
+            reason, _, job_id = stop.partition(":")
+            if job_id in self._running:
+                self._end(self._running[job_id], [self._running[job_id].stopped(reason)])
+        self._obeyed = news.stops
+
+    def _end(self, running: Running, messages: Sequence[Message]) -> None:
+        """Let go of a job, with what its client must hear."""
+        if running.handle is not None and self._handles.pop(running.handle, None) is not None:
+            self._engine.cancel(running.handle)
+        del self._running[running.lease.id]
+        self.heart.drop(running.lease)
+        self._outbox.messages += messages
+
+    def _claim(self) -> None:
+        free = self.seats - len(self._running)
+        if not self._waiting or free <= 0 or self._drain_until is not None:
+            return
+        try:
+            leases = self.scripts.claim(
+                self.gpu, self.name, self.lease_ms, free, secrets.token_hex(13), len(self._running)
+            )
+        except RedisError as error:  # what it may have started comes back through the heartbeat
+            self._back_off(error)
+            return
+        for lease in leases:
+            self.heart.hold(lease)
+            self._start(lease)
+
+    def _start(self, lease: Lease) -> None:
+        running = self._running[lease.id] = Running(lease, Job(lease.id))
+        try:
+            running.job = Job.unpack(lease.request)
+        except Exception as error:
+            self._fail(running, error)
+        else:
+            self._prepared[self._helper.submit(self._prepare, running.job)] = running
+
+    def _admit(self) -> None:
+        """Hand to the engine what has been prepared and not been stopped meanwhile."""
+        for future in [future for future in self._prepared if future.done()]:
+            running = self._prepared.pop(future)
+            if self._running.get(running.lease.id) is running:
+                try:
+                    self._enqueue(running, future.result())
+                except Exception as error:
+                    self._fail(running, error)
+
+    def _enqueue(self, running: Running, ready: Prepared) -> None:
+        job = running.job
+        running.handle = self._engine.enqueue(
+            ready.token_ids, max_tokens=ready.max_tokens, min_tokens=job.min_tokens, sampling=job.sampling,
+            loras=ready.loras, stop=job.stop, slot=running.lease.slot,
+        )  # fmt: skip
+        self._handles[running.handle] = running
+
+    def _fail(self, running: Running, error: BaseException) -> None:
+        if isinstance(error, Refused):
+            message = running.refused(error.code, str(error))
+        elif isinstance(error, AdapterError):
+            message = running.refused("no_adapter", str(error))
+        else:
+            log.error("job %s failed", running.lease.id, exc_info=error)
+            message = running.refused("internal", f"a fault of worker {self.name}; its log has the traceback")
+        self._end(running, [message])
+
+    def _step(self) -> None:
+        events = self._engine.iterate()
+        now = time.monotonic()
+        for event in events:
+            running = self._handles.get(event.handle)
+            if running is None:
+                continue
+            running.add(event.text, len(event.token_ids), now)
+            self._tokens += len(event.token_ids)
+            if event.finished:
+                self._finish(running, event, now)
+            elif running.due(now) and not self._retry_at:
+                self._outbox.messages.append(running.cut(now))
+
+    def _finish(self, running: Running, event: Any, now: float) -> None:
+        del self._handles[running.handle]
+        if event.finish == "error":
+            self._fail(running, event.error)
+        else:
+            self._end(running, running.done(event, self.gpu, self._base_digest, now))
+
+    def _idle(self, news: News | None) -> None:
+        """Wait for a job, by a blocking command that takes the head of the queue and puts it back."""
+        if news is None or self._found_job or self._drain_until is not None:
+            self._found_job = False  # the one that was found is not for us: suspended, or a newer format
+            time.sleep(PAUSE_S)
+            return
+        queue = rq_queue(self.gpu)
+        try:
+            self._found_job = self.connection.blmove(queue, queue, IDLE_S, "LEFT", "LEFT") is not None  # type: ignore[arg-type]
+        except RedisError as error:
+            self._back_off(error)
+
+    def _status(self) -> dict[str, Value]:
+        """Fields of yard:gpu:GPU that change."""
+        (tokens, at), now = self._counted, time.monotonic()
+        self._counted = self._tokens, now
+        rate = (self._tokens - tokens) / max(now - at, 1e-3)
+        return {
+            "state": self._condition, "running": len(self._running), "queued": self._waiting,
+            "tokens": self._tokens, "tokens_per_s": round(rate, 1),
+        }  # fmt: skip
+
+    def _publish(self, condition: str) -> None:
+        self._condition = condition
+        self.heart.hasten()
+
+    def _drained(self) -> bool:
+        if self._drain_until is None:
+            return False
+        if self._condition != "draining":
+            self._publish("draining")
+            try:
+                self.scripts.drain(self.gpu, self.name)
+            except RedisError as error:
+                self._back_off(error)
+        return time.monotonic() > self._drain_until or not (self._running or self._outbox.messages)
+
+    def leave(self) -> None:
+        """Give back what is held and leave the GPU."""
+        self.heart.stop()
+        deadline = time.monotonic() + LEAVE_S
+        while time.monotonic() < deadline:
+            try:
+                self._outbox.exchange()
+                back = self.scripts.release(self.gpu, self.name)
+                log.info("%s left the yard and gave back %d jobs", self.name, max(back, 0))
+                return
+            except RedisError as error:
+                self._back_off(error)
+                time.sleep(AWAY_S)
+        log.warning("Redis is away: the jobs that were in flight run again when their leases have ended")
