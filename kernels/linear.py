@@ -8,24 +8,26 @@ from torch.nn import functional
 
 TILE = 8
 """Rows of one product on the CPU."""
+STEP = 16
+"""Columns on the CPU are a multiple of this, 64 bytes, so that every row begins alike."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [T, K], weight [N, K], bias [N] of one dtype -> [T, N].
 
-    On the CPU a row's bits do not depend on T or on its place in x: BLAS picks its summation order by the shape, so
-    every product has the same shape, TILE rows, the last of them padded with zeros.
+    On the CPU a row's bits do not depend on T or on its place in x: BLAS picks its summation order by the shape and by
+    the alignment of rows, so every product has TILE rows, and rows are whole steps; zeros fill up both.
     """
     if x.is_cuda:
         return functional.linear(x, weight, bias)
-    y = multiply_tiles(pad_tile(x), weight.T)[: len(x)]
+    y = multiply_tiles(fill(x, TILE), fill(weight).T)[: len(x)]
     return y if bias is None else y.add_(bias)
 
 
-def pad_tile(x: Tensor) -> Tensor:
-    """x [T, K] with rows of zeros up to a multiple of TILE."""
-    short = -len(x) % TILE
-    return torch.constant_pad_nd(x, (0, 0, 0, short)) if short else x
+def fill(x: Tensor, rows: int = 1) -> Tensor:
+    """x [T, K] with zeros up to a multiple of `rows` rows and of STEP columns."""
+    below, right = -len(x) % rows, -x.shape[1] % STEP
+    return torch.constant_pad_nd(x, (0, right, 0, below)) if below or right else x
 
 
 def multiply_tiles(x: Tensor, weight: Tensor) -> Tensor:

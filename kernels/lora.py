@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .linear import multiply_tiles, pad_tile
+from .linear import TILE, fill, multiply_tiles
 
 
 def add_lora(x: Tensor, y: Tensor, rows: Tensor, scales: Tensor, a: Tensor, b: Tensor) -> None:
@@ -17,6 +17,6 @@ def add_lora(x: Tensor, y: Tensor, rows: Tensor, scales: Tensor, a: Tensor, b: T
     if x.is_cuda:
         y.index_add_(0, rows, (chosen @ a.T * scales).to(x.dtype) @ b.T)
         return
-    shrunk = multiply_tiles(pad_tile(chosen), a.T)
+    shrunk = multiply_tiles(fill(chosen, TILE), fill(a).T)
     shrunk[: len(rows)] *= scales
-    y.index_add_(0, rows, multiply_tiles(shrunk, b.T)[: len(rows)])
+    y.index_add_(0, rows, multiply_tiles(fill(shrunk), fill(b).T)[: len(rows)])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lorayard.kernels.linear import STEP
 from lorayard.kernels.lora import add_lora
 from lorayard.shared.errors import AdapterError, SlotBusy, UsageError
 from lorayard.shared.job import MAX_RANK_SUM
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class _Slot:
-    """One combination: A [R, K] and B [N, R] for each linear, R the sum of the adapters' largest ranks."""
+    """One combination: A [R, K] and B [N, R] for each linear, R the sum of the adapters' largest ranks, rounded up."""
 
     loras: tuple[Lora, ...] = ()
     stacked: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -88,8 +89,11 @@ class LoraBank:
 
     def rank_scales(self, slot: int, scales: tuple[float, ...]) -> Tensor:
         """float32 [R]: each adapter's scale, in the order of the adapters' names, once for each of its ranks."""
-        ranks = torch.tensor([lora.max_rank for lora in self._slots[slot].loras])
-        return torch.tensor(scales, dtype=torch.float32).repeat_interleave(ranks)
+        loras = self._slots[slot].loras
+        ranks = torch.tensor([lora.max_rank for lora in loras])
+        spread = torch.zeros(_rank_sum(loras))
+        spread[: int(ranks.sum())] = torch.tensor(scales, dtype=torch.float32).repeat_interleave(ranks)
+        return spread
 
     def apply(self, name: str, x: Tensor, y: Tensor, loras: tuple[LoraRows, ...]) -> Tensor:
         """y [T, N] of the linear `name` for its input x [T, K], with each slot's delta added to its rows in place."""
@@ -127,10 +131,15 @@ def _ordered(loras: tuple[Lora, ...]) -> tuple[Lora, ...]:
     return tuple(sorted(loras, key=lambda lora: lora.name))
 
 
+def _rank_sum(loras: tuple[Lora, ...]) -> int:
+    """R: a whole number of steps, as kernels.linear wants its columns."""
+    return -(-sum(lora.max_rank for lora in loras) // STEP) * STEP
+
+
 def _stack(loras: tuple[Lora, ...], module: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """A [R, K] and B [N, R]; zeros where an adapter has a smaller rank at this linear, or none."""
     present = next(lora.tensors[module] for lora in loras if module in lora.tensors)
-    total = sum(lora.max_rank for lora in loras)
+    total = _rank_sum(loras)
     a = present[0].new_zeros(total, present[0].shape[1])
     b = present[1].new_zeros(len(present[1]), total)
     start = 0

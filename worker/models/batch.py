@@ -12,7 +12,7 @@ class LoraRows:
     """The rows of a batch that use one slot.
 
     slot: index in the LoRA bank. rows: int64 [n], ascending. scales: float32 [n, R], the job's own scale of each
-    stacked rank (R is the combination's rank sum; the adapter's own alpha / r is already inside B).
+    stacked rank, as LoraBank.rank_scales gives it (the adapter's own alpha / r is already inside B).
     """
 
     slot: int

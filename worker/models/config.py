@@ -15,7 +15,7 @@ OVERRIDES = ("max_seq_len", "rope_theta", "rope_alpha")
 
 @dataclass(frozen=True, slots=True)
 class Llama3Scaling:
-    """RoPE scaling of Llama 3.1: waves over original / low are stretched by factor, those under original / high kept."""
+    """RoPE scaling of Llama 3.1: waves over original / low are stretched by factor, under original / high kept."""
 
     factor: float
     low: float
