@@ -174,6 +174,8 @@ class GpuWorker(BaseWorker):
             self._start(lease)
 
     def _start(self, lease: Lease) -> None:
+        if lease.id in self._running:  # RQ's clean-up took the lease and queued the job again
+            self._end(self._running[lease.id], [])
         running = self._running[lease.id] = Running(lease, Job(lease.id))
         try:
             running.job = Job.unpack(lease.request)
