@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgpack
 from redis import Redis
 from redis.client import Pipeline
 
@@ -104,11 +105,12 @@ class Scripts:
     def claim(self, gpu: str, worker: str, lease_ms: int, most: int, execution: str, running: int) -> list[Lease]:
         """Raises Superseded. `execution` is random hex, new for each call; at most 256 jobs a call."""
         args: list[Value] = [gpu, worker, lease_ms, min(most, 256), WIRE_VERSION, execution, running]
-        rows = self._scripts["claim"](keys=[], args=[self.keys.prefix, self.now_ms, *args])
-        if rows == 0:
+        packed = self._scripts["claim"](keys=[], args=[self.keys.prefix, self.now_ms, *args])
+        if packed == 0:
             raise Superseded(f"{gpu} has been given to another worker")
+        rows = msgpack.unpackb(packed, raw=True) if packed else []
         return [
-            Lease(i.decode(), e.decode(), request, attempt, slot if slot >= 0 else None, waited)
+            Lease(i.decode(), e.decode(), request, attempt, slot if slot >= 0 else None, int(waited))
             for i, e, request, attempt, slot, waited in rows
         ]
 
@@ -135,18 +137,24 @@ class Scripts:
         self, gpu: str, job_id: str, execution: str, event: Mapping[str, Value], pipe: Pipeline | None = None
     ) -> Any:  # fmt: skip
         """-> 1, or 0 if the lease is lost"""
-        return self._run("emit", [], [gpu, job_id, execution, *_flat(event)], pipe)
+        return self._run("emit", [], [gpu, job_id, execution, _packed(event)], pipe)
 
     def settle(
         self, gpu: str, worker: str, job_id: str, execution: str, status: str, event: Mapping[str, Value],
         pipe: Pipeline | None = None,
     ) -> Any:  # fmt: skip
         """-> 1, or 0 if the lease is lost. `event` begins with `ev`, and for an error goes on with `code`."""
-        return self._run("settle", [], [gpu, worker, job_id, execution, status, *_flat(event)], pipe)
+        return self._run("settle", [], [gpu, worker, job_id, execution, status, _packed(event)], pipe)
 
 
 def _flat(fields: Mapping[str, Value]) -> list[Value]:
     return [part for pair in fields.items() for part in pair]
+
+
+def _packed(event: Mapping[str, Value]) -> bytes:
+    """Names and values as texts in one argument: client and server read it far faster than many arguments."""
+    packed: bytes = msgpack.packb([part if isinstance(part, str) else str(part) for part in _flat(event)])
+    return packed
 
 
 def _text(answer: Any) -> Any:

@@ -1,7 +1,8 @@
 -- A worker takes jobs from its queue: pop, lease and status in one step, so that no death in between can lose one.
 -- ARGV[3] GPU, [4] worker, [5] lease in ms, [6] most jobs, [7] newest request format that it reads, [8] random hex that
 -- begins the execution ids, [9] number of jobs it is running.
--- -> rows {id, execution, req, attempt, slot or -1, ms since accept}; 0 if the GPU has been given to another worker
+-- -> rows {id, execution, req, attempt, slot or -1, ms since accept} packed by msgpack, '' for none; 0 if the GPU has been
+-- given to another worker
 local gpu, worker, lease = ARGV[3], ARGV[4], tonumber(ARGV[5])
 local g = call('HMGET', gpu_key(gpu), 'worker', 'group')
 if g[1] ~= worker then return 0 end
@@ -64,4 +65,4 @@ while #rows < tonumber(ARGV[6]) do
 end
 for i = #later, 1, -1 do call('LPUSH', queue_key(gpu), later[i]) end
 if limit ~= tonumber(g[2] or 0) then call('HSET', gpu_key(gpu), 'group', limit) end
-return rows
+return #rows > 0 and cmsgpack.pack(rows) or ''

@@ -10,6 +10,7 @@ from lorayard.shared.job import Job
 from lorayard.shared.scripts import Lease, Value
 
 from .outbox import Message
+from .prepare import Prepared
 
 EVENT_TOKENS = 8
 EVENT_S = 0.05
@@ -21,7 +22,9 @@ class Running:
     """A claimed job."""
 
     lease: Lease
-    job: Job
+    job: Job = field(init=False)
+    """Set when it is prepared, as is `prepared`."""
+    prepared: Prepared | Exception = field(init=False)
     handle: Any = None
     """The engine's, once the job has been handed to it."""
     claimed: float = field(default_factory=time.monotonic)

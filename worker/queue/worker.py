@@ -6,7 +6,6 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
 from redis.exceptions import RedisError
@@ -19,6 +18,7 @@ from lorayard.shared.keys import rq_queue
 from lorayard.shared.scripts import Lease, Scripts, Value
 
 from .heartbeat import RECORD_S, Heartbeat
+from .helper import Helper
 from .outbox import Message, News, Outbox, is_away
 from .prepare import Prepared
 from .running import Running
@@ -64,7 +64,6 @@ class GpuWorker(BaseWorker):
         self._outbox = Outbox(scripts, gpu, name)
         self._running: dict[str, Running] = {}
         self._handles: dict[Any, Running] = {}
-        self._prepared: dict[Future[Prepared], Running] = {}
         self._obeyed: list[str] = []
         self._waiting = 0
         self._found_job = False
@@ -97,12 +96,11 @@ class GpuWorker(BaseWorker):
 
     def serve(self, engine: Engine, prepare: Callable[[Job], Prepared], base_digest: str) -> None:
         """Work until drained, then give back what is left and leave the yard. Raises Superseded."""
-        self._engine, self._prepare, self._base_digest = engine, prepare, base_digest
+        self._engine, self._helper, self._base_digest = engine, Helper(prepare), base_digest
+        self._helper.start()
         self._publish("ready")
-        with ThreadPoolExecutor(1, thread_name_prefix="prepare") as self._helper:
-            while not self._drained():
-                self._turn()
-            self._helper.shutdown(cancel_futures=True)
+        while not self._drained():
+            self._turn()
         self.leave()
 
     def _turn(self) -> None:
@@ -113,9 +111,7 @@ class GpuWorker(BaseWorker):
         self._admit()
         if self._engine.busy:
             self._step()
-        elif self._prepared:
-            wait(self._prepared, timeout=PAUSE_S, return_when=FIRST_COMPLETED)
-        elif not self._outbox.messages or news is None:
+        elif not self._helper.busy and (news is None or not self._outbox.messages):
             self._idle(news)
 
     def _exchange(self) -> News | None:
@@ -176,26 +172,22 @@ class GpuWorker(BaseWorker):
     def _start(self, lease: Lease) -> None:
         if lease.id in self._running:  # RQ's clean-up took the lease and queued the job again
             self._end(self._running[lease.id], [])
-        running = self._running[lease.id] = Running(lease, Job(lease.id))
-        try:
-            running.job = Job.unpack(lease.request)
-        except Exception as error:
-            self._fail(running, error)
-        else:
-            self._prepared[self._helper.submit(self._prepare, running.job)] = running
+        self._running[lease.id] = running = Running(lease)
+        self._helper.put(running)
 
     def _admit(self) -> None:
         """Hand to the engine what has been prepared and not been stopped meanwhile."""
-        for future in [future for future in self._prepared if future.done()]:
-            running = self._prepared.pop(future)
+        for running in self._helper.ready(0 if self._engine.busy or not self._helper.busy else PAUSE_S):
             if self._running.get(running.lease.id) is running:
                 try:
-                    self._enqueue(running, future.result())
+                    self._enqueue(running)
                 except Exception as error:
                     self._fail(running, error)
 
-    def _enqueue(self, running: Running, ready: Prepared) -> None:
-        job = running.job
+    def _enqueue(self, running: Running) -> None:
+        if isinstance(running.prepared, Exception):
+            raise running.prepared
+        job, ready = running.job, running.prepared
         running.handle = self._engine.enqueue(
             ready.token_ids, max_tokens=ready.max_tokens, min_tokens=job.min_tokens, sampling=job.sampling,
             loras=ready.loras, stop=job.stop, slot=running.lease.slot,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -38,7 +38,7 @@ class FakeEngine:
     def busy(self) -> bool:
         return bool(self.jobs)
 
-    def enqueue(self, prompt: list[int], **options: Any) -> object:
+    def enqueue(self, prompt: Sequence[int], **options: Any) -> object:
         handle = object()
         self.jobs[handle] = deque(prompt[: options["max_tokens"]])
         self.said[handle] = []
@@ -95,7 +95,7 @@ class Bench:
         stream = self.keys.stream("normal")
         entry = self.redis.xadd(stream, {"id": job.id})
         self.redis.xreadgroup(GROUP, "test", {stream: ">"})
-        record = {
+        record: dict[str, Any] = {
             "req": job.pack(), "v": 1, "data": b'["f",null,[],{}]', "timeout": -1, "retries_left": 1000000,
             "keep": job.ttl, "reply": job.reply,
         } | ({"stream": "1"} if job.stream else {}) | fields  # fmt: skip
