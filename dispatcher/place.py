@@ -1,0 +1,285 @@
+"""Where jobs run: the placement policy, pure, from a view of the yard to the moves to make.
+
+A combination of adapters has a home where a slot is open for it. Four rules, in this order:
+
+1. House. A combination with waiting jobs and no home takes back a slot that is closing on it, else a slot that has
+   drained and that nobody waits for. Once homeless for T it has priority by its time without a home, and a slot is
+   closed for it: the one longest in service. A slot is closed only after T/2 in service and with jobs of its own on the
+   GPU, and at most max(1, K/4) of a GPU's K slots are closing at once. Closed slots drain and are then opened anew.
+2. Feed. A home without any job gets its oldest first. Then the classes by urgency, though each lower class that waits
+   gets a tenth of all; in a class the lane with the oldest head first, in chunks; always to the least loaded home.
+   The base needs no slot.
+3. Spread. A combination whose homes have no room takes a drained and unwanted slot of another GPU as a second home.
+4. The Lua scripts check every move again, so a view that is out of date costs a wasted move and never a wrong one.
+
+Bound: while its GPUs live, a combination has a home after at most T + ceil(R / C) * (T/2 + 2D): R combinations, itself
+among them, have been homeless as long or longer; C slots of the yard may be closing at once; D is the longest time that
+a job runs. With T = 5 s and jobs of at most 2 s on a GPU of 8 slots, the tenth in the row waits at most 38 s.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from lorayard.shared.job import BASE
+from lorayard.shared.keys import CLASSES
+
+HOLD_MS = 5000
+"""T: how long a combination waits for a home before a slot is closed for it."""
+
+CHUNK = 8
+"""Jobs that a lane gives before the next lane of its class has its turn."""
+
+LOWER_SHARE = 10
+"""Each class below the most urgent gets one of so many assignments while it waits."""
+
+
+class Slot(NamedTuple):
+    """A row of a GPU's slot table. combination: None if it never held one. since_ms: when it was opened."""
+
+    combination: str | None = None
+    closing: bool = False
+    since_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A live GPU. room: jobs that its queue still takes. seats: jobs it can run at once.
+
+    load: combination -> its jobs on the GPU, queued and running.
+    """
+
+    name: str
+    room: int
+    seats: int
+    slots: tuple[Slot, ...] = ()
+    load: Mapping[str, int] = field(default_factory=dict)
+
+
+class Lane(NamedTuple):
+    """The waiting jobs of one class and combination. head_ms: when its oldest job was accepted."""
+
+    cls: str
+    combination: str
+    jobs: int
+    head_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class YardView:
+    """What the policy sees. homeless_since: when each homeless combination was first seen so. owed: class -> jobs that
+    it is behind its tenth."""
+
+    gpus: tuple[Gpu, ...]
+    lanes: tuple[Lane, ...]
+    homeless_since: Mapping[str, int] = field(default_factory=dict)
+    owed: Mapping[str, int] = field(default_factory=dict)
+
+
+class Assign(NamedTuple):
+    """Move up to `most` jobs from a lane to the queue of a GPU."""
+
+    cls: str
+    combination: str
+    gpu: str
+    most: int
+
+
+class Open(NamedTuple):
+    """Let a slot take jobs of a combination."""
+
+    gpu: str
+    slot: int
+    combination: str
+
+
+class Close(NamedTuple):
+    """Let a slot drain."""
+
+    gpu: str
+    slot: int
+    combination: str
+
+
+Action = Assign | Open | Close
+
+
+def homeless(view: YardView) -> set[str]:
+    """Combinations with waiting jobs and no open slot on any GPU."""
+    homes = {slot.combination for gpu in view.gpus for slot in gpu.slots if not slot.closing}
+    return {lane.combination for lane in view.lanes if lane.combination != BASE} - homes
+
+
+def place(view: YardView, now_ms: int, hold_ms: int = HOLD_MS) -> list[Action]:
+    """The moves to make now, in order."""
+    plan = _Plan(view, now_ms, hold_ms)
+    plan.house()
+    plan.feed()
+    plan.spread()
+    return [*plan.moves, *(Assign(*key, most) for key, most in plan.assigned.items())]
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A slot while moves are planned. load: jobs of its combination on the GPU. taken: spoken for in this plan."""
+
+    gpu: str
+    index: int
+    combination: str | None
+    closing: bool
+    since_ms: int
+    load: int
+    taken: bool = False
+
+
+class _Plan:
+    """Moves made so far, and the yard as it will be after them."""
+
+    def __init__(self, view: YardView, now_ms: int, hold_ms: int) -> None:
+        self.view, self.now_ms, self.hold_ms = view, now_ms, hold_ms
+        self.moves: list[Action] = []
+        self.assigned: dict[tuple[str, str, str], int] = {}
+        self.room = {gpu.name: max(gpu.room, 0) for gpu in view.gpus}
+        self.busy = {gpu.name: sum(gpu.load.values()) for gpu in view.gpus}
+        self.seats = {gpu.name: max(gpu.seats, 1) for gpu in view.gpus}
+        self.waiting = {(lane.cls, lane.combination): lane.jobs for lane in view.lanes}
+        self.wanted = {lane.combination for lane in view.lanes}
+        self.slots = [
+            _Slot(
+                gpu.name, index, slot.combination, slot.closing, slot.since_ms, gpu.load.get(slot.combination or "", 0)
+            )
+            for gpu in view.gpus
+            for index, slot in enumerate(gpu.slots)
+        ]
+        self.may_close = {gpu.name: max(1, len(gpu.slots) // 4) for gpu in view.gpus}
+        for slot in self.slots:
+            self.may_close[slot.gpu] -= slot.closing
+
+    def house(self) -> None:
+        """Rule 1."""
+        urgency: dict[str, int] = {}
+        for lane in self.view.lanes:
+            rank = CLASSES.index(lane.cls)
+            urgency[lane.combination] = min(rank, urgency.get(lane.combination, rank))
+
+        def order(combination: str) -> tuple[bool, int, int, str]:
+            overdue, since = self._overdue(combination), self._since(combination)
+            return not overdue, 0 if overdue else urgency[combination], since, combination
+
+        for combination in sorted(homeless(self.view), key=order):
+            slot = self._closing_on(combination) or self._vacant(combination, self.room.keys())
+            if slot is not None:
+                self._open(slot, combination)
+            elif self._overdue(combination):
+                self._drain_one()
+
+    def _since(self, combination: str) -> int:
+        return self.view.homeless_since.get(combination, self.now_ms)
+
+    def _overdue(self, combination: str) -> bool:
+        return self.now_ms - self._since(combination) >= self.hold_ms
+
+    def _closing_on(self, combination: str) -> _Slot | None:
+        own = [slot for slot in self.slots if slot.combination == combination and not slot.taken]
+        return min(own, key=self._least_loaded, default=None)
+
+    def _vacant(self, combination: str, gpus: Container[str]) -> _Slot | None:
+        """A drained slot that nobody waits for, on a GPU where no other slot has the combination."""
+        holders = {slot.gpu for slot in self.slots if slot.combination == combination}
+        vacant = [
+            slot
+            for slot in self.slots
+            if not slot.taken and not slot.load and slot.gpu in gpus and slot.gpu not in holders
+            and (slot.combination is None or slot.closing or slot.combination not in self.wanted)
+        ]  # fmt: skip
+        return min(vacant, key=self._least_loaded, default=None)
+
+    def _least_loaded(self, slot: _Slot) -> tuple[float, bool, int]:
+        return self.busy[slot.gpu] / self.seats[slot.gpu], slot.combination is not None, slot.since_ms
+
+    def _open(self, slot: _Slot, combination: str) -> None:
+        self.moves.append(Open(slot.gpu, slot.index, combination))
+        self.may_close[slot.gpu] += slot.closing
+        if slot.combination != combination:
+            slot.load = 0
+        slot.combination, slot.closing, slot.since_ms, slot.taken = combination, False, self.now_ms, True
+
+    def _drain_one(self) -> None:
+        """Keep a slot that is closing for the combination whose turn it is, or close one more."""
+        for slot in self.slots:
+            if slot.closing and not slot.taken:
+                slot.taken = True
+                return
+        served = [
+            slot
+            for slot in self.slots
+            if not slot.closing and not slot.taken and slot.load and self.may_close[slot.gpu] > 0
+            and self.now_ms - slot.since_ms >= self.hold_ms // 2
+        ]  # fmt: skip
+        if served:
+            slot = min(served, key=lambda slot: slot.since_ms)
+            self.moves.append(Close(slot.gpu, slot.index, str(slot.combination)))
+            self.may_close[slot.gpu] -= 1
+            slot.closing = slot.taken = True
+
+    def feed(self) -> None:
+        """Rule 2."""
+        homes = self._homes()
+        lanes = sorted(self.view.lanes, key=lambda lane: lane.head_ms)
+        for lane in lanes:
+            for slot in homes[lane.combination]:
+                if not slot.load:
+                    slot.load = self._assign(lane, slot.gpu, 1)
+        for cls in reversed(CLASSES[1:]):
+            self._feed_class([lane for lane in lanes if lane.cls == cls], self.view.owed.get(cls, 0), homes)
+        for cls in CLASSES:
+            self._feed_class([lane for lane in lanes if lane.cls == cls], sum(self.room.values()), homes)
+
+    def _homes(self) -> dict[str, list[_Slot]]:
+        """Open slots by combination; the base is at home on every GPU."""
+        homes: dict[str, list[_Slot]] = defaultdict(list)
+        for slot in self.slots:
+            if slot.combination is not None and not slot.closing:
+                homes[slot.combination].append(slot)
+        homes[BASE] = [_Slot(gpu, -1, BASE, False, 0, 1) for gpu in self.room]
+        return homes
+
+    def _feed_class(self, lanes: list[Lane], most: int, homes: Mapping[str, list[_Slot]]) -> None:
+        while lanes and most > 0:
+            hungry = []
+            for lane in lanes:
+                gpus = [slot.gpu for slot in homes[lane.combination] if self.room[slot.gpu]]
+                if gpus and self.waiting[lane.cls, lane.combination] and most > 0:
+                    gpu = min(gpus, key=lambda gpu: self.busy[gpu] / self.seats[gpu])
+                    most -= self._assign(lane, gpu, min(CHUNK, most))
+                    hungry.append(lane)
+            lanes = hungry
+
+    def _assign(self, lane: Lane, gpu: str, most: int) -> int:
+        moved = min(most, self.room[gpu], self.waiting[lane.cls, lane.combination])
+        if moved:
+            key = (lane.cls, lane.combination, gpu)
+            self.assigned[key] = self.assigned.get(key, 0) + moved
+            self.waiting[lane.cls, lane.combination] -= moved
+            self.room[gpu] -= moved
+            self.busy[gpu] += moved
+        return moved
+
+    def spread(self) -> None:
+        """Rule 3."""
+        homes = self._homes()
+        spreading = False
+        for lane in sorted(self.view.lanes, key=lambda lane: lane.head_ms):
+            full = homes[lane.combination] and not any(self.room[slot.gpu] for slot in homes[lane.combination])
+            if lane.combination == BASE or not full or not self.waiting[lane.cls, lane.combination]:
+                continue
+            slot = self._vacant(lane.combination, {gpu for gpu, room in self.room.items() if room})
+            if slot is not None:
+                self._open(slot, lane.combination)
+                homes[lane.combination].append(slot)
+                spreading = True
+        if spreading:
+            self.feed()
