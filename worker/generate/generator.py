@@ -147,9 +147,10 @@ class Generator:
         try:
             for prompt, lora_set in zip(prompts, sets, strict=True):
                 handles.append(self.enqueue(prompt, loras=lora_set, **options))
-            while len(texts) < len(handles):
+            ours = set(handles)
+            while len(texts) < len(ours):
                 for event in self.iterate():
-                    if event.handle not in handles:
+                    if event.handle not in ours:
                         others.append(event)
                     elif event.error is not None:
                         raise event.error
@@ -158,7 +159,7 @@ class Generator:
         finally:
             for handle in handles:
                 self.cancel(handle)
-            self._events = others + [event for event in self._events if event.handle not in handles]
+            self._events = others + [event for event in self._events if event.handle not in set(handles)]
         return [texts[handle] for handle in handles]
 
     @torch.inference_mode()

@@ -77,21 +77,22 @@ class Scheduler:
         for pages, by none at all.
         """
         passed: list[Generation] = []
-        new_slots = True
+        slot_waiter = page_waiter = None  # the first of each kind; none behind it was passed more often
         for each in tuple(self.waiting):
-            if len(self.running) >= self.max_batch:
+            if len(self.running) >= self.max_batch or (page_waiter and page_waiter.skips >= MAX_SKIPS):
                 break
-            if self._seat(each, new_slots) and self._reserve(each):
+            seated = self._seat(each, new_slots=not (slot_waiter and slot_waiter.skips >= MAX_SKIPS))
+            if seated and self._reserve(each):
                 self.waiting.remove(each)
                 self.running.append(each)
                 for earlier in passed:
                     earlier.skips += 1
                 continue
             passed.append(each)
-            if each.skips >= MAX_SKIPS:
-                if each.slot is not None or not each.request.loras:
-                    break
-                new_slots = False
+            if seated:
+                page_waiter = page_waiter or each
+            else:
+                slot_waiter = slot_waiter or each
 
     def _seat(self, each: Generation, new_slots: bool) -> bool:
         """Pin the slot that holds the job's combination, filling one if need be and allowed."""

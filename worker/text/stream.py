@@ -30,30 +30,42 @@ def byte_characters() -> dict[str, int]:
     return plain | dict(zip(others, missing, strict=True))
 
 
-class ByteStream:
-    """For byte-level vocabularies: each token is some bytes, decoded as UTF-8 when complete."""
+def special_ids(vocabulary: Vocabulary) -> set[int]:
+    """Ids that are not text."""
+    return {id for id, token in vocabulary.get_added_tokens_decoder().items() if token.special}
+
+
+class TokenBytes:
+    """The bytes of each token of a byte-level vocabulary; special and unknown ids have none."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
-        self._special = {id for id, token in vocabulary.get_added_tokens_decoder().items() if token.special}
+        self._special = special_ids(vocabulary)
         self._bytes = byte_characters()
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def push(self, ids: Sequence[int]) -> str:
-        """The text that the tokens complete."""
-        return self._decoder.decode(b"".join(map(self._bytes_of, ids)))
-
-    def finish(self) -> str:
-        """U+FFFD for bytes of an unfinished character, else nothing."""
-        return self._decoder.decode(b"", final=True)
-
-    def _bytes_of(self, id: int) -> bytes:
+    def __getitem__(self, id: int) -> bytes:
         token = None if id in self._special else self._vocabulary.id_to_token(id)
         if token is None:
             return b""
         if all(character in self._bytes for character in token):
             return bytes(self._bytes[character] for character in token)
         return token.encode()
+
+
+class ByteStream:
+    """For byte-level vocabularies: each token is some bytes, decoded as UTF-8 when complete."""
+
+    def __init__(self, token_bytes: TokenBytes) -> None:
+        self._token_bytes = token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, ids: Sequence[int]) -> str:
+        """The text that the tokens complete."""
+        return self._decoder.decode(b"".join(self._token_bytes[id] for id in ids))
+
+    def finish(self) -> str:
+        """U+FFFD for bytes of an unfinished character, else nothing."""
+        return self._decoder.decode(b"", final=True)
 
 
 class WindowStream:
@@ -65,14 +77,15 @@ class WindowStream:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
+        self._special = special_ids(vocabulary)
         self._shown: list[int] = []
         self._held: list[int] = []
 
     def push(self, ids: Sequence[int]) -> str:
         """The text that the tokens complete."""
-        self._held += ids
+        self._held += [id for id in ids if id not in self._special and self._vocabulary.id_to_token(id) is not None]
         last = self._vocabulary.id_to_token(self._held[-1]) if self._held else None
-        if last is not None and re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", last):
+        if last is None or re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", last):
             return ""
         before, text = self._decode(self._shown), self._decode(self._shown + self._held)
         if text.endswith("\N{REPLACEMENT CHARACTER}") or len(text) <= len(before):

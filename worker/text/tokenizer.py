@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Vocabulary
 from lorayard.shared.errors import ModelError, Refused
 
 from ..files import JsonFile
-from .stream import ByteStream, TextStream, WindowStream
+from .stream import ByteStream, TextStream, TokenBytes, WindowStream
 from .template import ChatTemplate
 from .trial import checked_template
 
@@ -36,7 +36,7 @@ class Tokenizer:
         ids = vocabulary.get_vocab(with_added_tokens=True).values()
         self.vocab_size = 1 + max(ids)
         decoder = json.loads(vocabulary.to_str())["decoder"] or {}
-        self._of_bytes = decoder.get("type") == "ByteLevel"
+        self._token_bytes = TokenBytes(vocabulary) if decoder.get("type") == "ByteLevel" else None
 
     @classmethod
     def from_directory(cls, path: str | Path) -> Tokenizer:
@@ -84,7 +84,7 @@ class Tokenizer:
 
     def stream(self) -> TextStream:
         """A new stream: what its `push` and `finish` return is, together, `decode` of all that was pushed."""
-        return ByteStream(self._vocabulary) if self._of_bytes else WindowStream(self._vocabulary)
+        return ByteStream(self._token_bytes) if self._token_bytes else WindowStream(self._vocabulary)
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """The prompt that the model's chat template makes of messages. Raises Refused."""
