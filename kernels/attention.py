@@ -67,7 +67,7 @@ def write(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, pages: Tensor, o
     into the job that uses it next.
     """
     for new, pool in ((k, k_pool), (v, v_pool)):
-        pool[pages, :, offsets] = new.nan_to_num(0.0).clamp_(-LIMIT, LIMIT).to(pool.dtype)
+        pool[pages, :, offsets] = new.to(pool.dtype).nan_to_num(0.0).clamp_(-LIMIT, LIMIT)
 
 
 def attend(q: Tensor, k_pool: Tensor, v_pool: Tensor, tiles: Tiles) -> Tensor:

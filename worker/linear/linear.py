@@ -102,7 +102,7 @@ def check(tensors: Tensors, shape: Shape, form: GptqFormat) -> None:
     if shape.bias:
         tensors.require(f"{name}.bias", (outputs,))
     if f"{name}.q_weight" in tensors:
-        raise NotSupported(f"{name} is in the EXL2 format; this version reads GPTQ 4-bit and float weights")
+        raise _unknown(tensors, f"{name}.q_weight", "is in the EXL2 format")
     if f"{name}.qweight" not in tensors:
         tensors.require(f"{name}.weight", (outputs, inputs))
         return
@@ -130,15 +130,20 @@ def _groups(tensors: Tensors, shape: Shape, form: GptqFormat) -> int:
 
 
 def _refuse_other_packing(tensors: Tensors, shape: Shape) -> None:
-    inputs, outputs = shape.in_features, shape.out_features
+    name, inputs, outputs = f"{shape.name}.qweight", shape.in_features, shape.out_features
     if inputs % 8 or outputs % 8:
-        raise NotSupported(f"{shape.name} is {inputs} by {outputs}; GPTQ tensors need multiples of 8")
-    got = tensors.entries[f"{shape.name}.qweight"].shape
+        raise _unknown(tensors, name, f"packs {inputs} by {outputs}, not multiples of 8")
+    got = tensors.entries[name].shape
     if got == (inputs, outputs // 8):
-        raise NotSupported(f"{shape.name} is in the AWQ format; this version reads GPTQ 4-bit and float weights")
+        raise _unknown(tensors, name, "is in the AWQ format")
     for bits in (2, 3, 8):
         if got == (inputs * bits // 32, outputs):
-            raise NotSupported(f"{shape.name} is GPTQ with {bits} bits; this version reads 4 bits")
+            raise _unknown(tensors, name, f"is GPTQ with {bits} bits")
+
+
+def _unknown(tensors: Tensors, name: str, what: str) -> NotSupported:
+    path = tensors.entries[name].path
+    return NotSupported(f"{path}: {name} {what}; this version reads GPTQ with 4 bits and float weights")
 
 
 def read_gptq(tensors: Tensors, shape: Shape, form: GptqFormat) -> GptqTensors:

@@ -96,12 +96,17 @@ def _bin(file: Path, model: Model, config: AdapterConfig) -> dict[str, tuple[Ten
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as reason:
-        raise AdapterError(f"{file} is not a plain file of tensors: {str(reason).splitlines()[0][:120]}") from None
-    kinds = (torch.float16, torch.bfloat16, torch.float32)
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) and t.dtype in kinds for t in tensors.values()):
+        cause = next(iter(str(reason).splitlines()), type(reason).__name__)
+        raise AdapterError(f"{file} is not a plain file of tensors: {cause[:120]}") from None
+    if not isinstance(tensors, dict) or not all(map(_is_plain, tensors.values())):
         raise AdapterError(f"{file} must map names to tensors of {', '.join(FLOATS)}")
     names = _pairs(file, {str(name): tuple(tensor.shape) for name, tensor in tensors.items()}, model, config)
     return {module: (tensors[a], tensors[b]) for module, (a, b) in names.items()}
+
+
+def _is_plain(value: object) -> bool:
+    kinds = (torch.float16, torch.bfloat16, torch.float32)
+    return isinstance(value, Tensor) and value.layout == torch.strided and value.dtype in kinds
 
 
 def _pairs(

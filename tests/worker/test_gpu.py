@@ -1,0 +1,90 @@
+"""The same engine on CUDA, in fp16 and bf16."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lorayard.demo import ADAPTERS, BASE
+from lorayard.worker import Lora, Model, ModelConfig
+from lorayard.worker.linear.linear import GptqLinear
+
+from ..stepper import Sequence, Stepper
+from ..tiny import reference, reference_logits, relative, write_adapter, write_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+VECTORS = Path(__file__).parents[1] / "vectors"
+PROMPT = torch.randint(3, 160, (300,), generator=torch.Generator().manual_seed(3)).tolist()
+
+
+def load(path: Path, devices: str | list[str] | dict[str, str] = "cuda") -> Model:
+    """The model on CUDA."""
+    model = Model(ModelConfig.from_directory(path))
+    model.load(devices=devices)
+    return model
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-3), (torch.float16, 5e-3), (torch.bfloat16, 3e-2)])
+def test_logits_against_transformers_and_peft(dtype: torch.dtype, tolerance: float, tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", dtype=dtype)
+    one, two = write_adapter(tmp_path / "one", base, 1), write_adapter(tmp_path / "two", base, 2, r=9, use_rslora=True)
+    model = load(base)
+    assert model.dtype == (torch.bfloat16 if dtype == torch.bfloat16 else torch.float16)
+    for pairs in ([], [(one, 1.0)], [(one, 0.7), (two, -0.4)]):
+        loras = [(Lora.from_directory(model, path), scale) for path, scale in pairs]
+        got, expected = model.logits(PROMPT, loras), reference_logits(reference(base, pairs), PROMPT)
+        assert got.dtype == torch.float32 and got.device.type == "cpu"
+        assert relative(got, expected) < tolerance
+
+
+@pytest.mark.parametrize("name", ["gptq-4bit-g128-sym", "gptq-4bit-g128-sym-actorder", "gptq-4bit-g32-asym"])
+def test_logits_of_the_gptq_vectors(name: str, tmp_path: Path) -> None:
+    path = shutil.copytree(VECTORS / name, tmp_path / name)
+    expected = load_file(path / "reference.safetensors")
+    (path / "reference.safetensors").unlink()
+    shutil.copy(VECTORS / "embedding-and-head.safetensors", path)
+    model, tokens = load(path), json.loads((VECTORS / "input_ids.json").read_text())["short_96"]
+    assert all(isinstance(linear, GptqLinear) for linear in model.linears.values())
+    adapter = Lora.from_directory(model, VECTORS / "lora_a")
+    assert relative(model.logits(tokens)[64:], expected["logits.short"]) < 0.005
+    if "logits.short_lora_a" in expected:
+        assert relative(model.logits(tokens, [adapter])[64:], expected["logits.short_lora_a"]) < 0.005
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+def test_a_mixed_batch_is_close_to_each_prompt_alone(dtype: str) -> None:
+    model = load(BASE)
+    adapters = [Lora.from_directory(model, ADAPTERS / name) for name in ("bullets", "json", "shout")]
+    sets = [[], *([(adapter, 1.0)] for adapter in adapters), [(adapters[0], 0.5), (adapters[2], 0.5)]]
+    stepper, sequences = Stepper(model, dtype=dtype), [Sequence(loras) for loras in sets]
+    prompts = [[token + i for token in PROMPT[: 280 + i]] for i in range(len(sets))]
+    first = stepper.step([(s, prompt[:-1]) for s, prompt in zip(sequences, prompts, strict=True)])
+    last = stepper.step([(s, prompt[-1:]) for s, prompt in zip(sequences, prompts, strict=True)])
+    for loras, prompt, *parts in zip(sets, prompts, first, last, strict=True):
+        assert relative(torch.cat(parts), model.logits(prompt, loras)) < (0.03 if dtype == "bf16" else 0.01)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees one CUDA device")
+def test_layers_over_two_devices_give_the_same_logits() -> None:
+    alone = load(BASE)
+    lora = Lora.from_directory(alone, ADAPTERS / "json")
+    for devices in ({"cuda:0": "1500KiB", "cuda:1": "1GiB"}, {"cuda:1": "1500KiB", "cuda:0": "1GiB"}):
+        both = load(BASE, devices)
+        assert len(set(both.layer_devices)) == 2
+        assert torch.equal(both.logits(PROMPT, [lora]), alone.logits(PROMPT, [lora]))
+
+
+def test_auto_takes_every_gpu_and_unload_gives_memory_back() -> None:
+    before = torch.cuda.memory_allocated()
+    model = load(BASE, "auto")
+    assert {device.type for device in model.layer_devices} == {"cuda"} and torch.cuda.memory_allocated() > before
+    model.unload()
+    assert torch.cuda.memory_allocated() == before
