@@ -21,6 +21,7 @@ from .keys import Keys
 STOP_GRACE_S = 45.0  # a worker lets running jobs finish for 30 of them
 RESTART_PAUSE_S = 1.0
 TAIL_LINES = 12
+PATIENCE_S = 15.0
 
 
 class ChildEnded(LorayardError):
@@ -49,15 +50,20 @@ class Yard:
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
-        """Start both and wait until a worker is ready. Raises ChildEnded."""
+        """Start both and wait until a worker is ready, saying now and then why it is not. Raises ChildEnded."""
         seconds, microseconds = self.redis.time()
         since_ms = int(seconds) * 1000 + int(microseconds) // 1000
         for name in self._argv:
             self._spawn(name)
+        word = time.monotonic() + PATIENCE_S
         while not (self.redis.exists(self.keys.info) and self.ready_gpus(since_ms)):
             for name, child in self._children.items():
                 if child.poll() is not None:
                     raise ChildEnded(name, child.returncode, self._log_file(name))
+            if time.monotonic() > word:
+                last = self._log_file("worker").read_text(errors="replace").splitlines()[-1:]
+                click.echo(f"no worker is ready yet; the end of {self._log_file('worker')}: {' '.join(last)}", err=True)
+                word = time.monotonic() + PATIENCE_S
             time.sleep(0.05)
 
     def tend(self) -> None:

@@ -12,13 +12,15 @@ from redis import Redis
 from lorayard.shared.errors import LorayardError
 from lorayard.shared.keys import Keys
 
-QUESTION = "What does json.dumps do?"
+QUESTION = "What does json.dumps do?\n"
 SETS = ("", "shout", "bullets", "json")
 MIX = ("", "json", "bullets", "", "bullets*0.5", "json")
 """LoRA sets of the mixed batch: two combinations beside the base, one of them at two scales."""
 
 SILENCE_S = 60.0
 POLL_MS = 20
+PIECE = 16
+"""Characters that are printed together; an event has a token or two."""
 COLORS = {"base": "white", "shout": "yellow", "bullets": "green", "json": "cyan"}
 
 
@@ -48,15 +50,19 @@ class Tour:
         position = {self.keys.out(job): "0" for job in jobs}
         label = {self.keys.out(job): jobs[job] for job in jobs}
         final: dict[str, dict[str, str]] = {}
+        pending = dict.fromkeys(position, "")
         deadline = time.monotonic() + SILENCE_S
         while position:
             for stream, entries in self.redis.xread(position, block=POLL_MS):
                 deadline = time.monotonic() + SILENCE_S
                 for entry, event in entries:
                     position[stream] = entry
-                    if event["ev"] == "tok" and show_text:
-                        _say(label[stream], event["text"])
-                    elif event["ev"] in ("done", "error", "cancelled"):
+                    pending[stream] += event.get("text", "") if event["ev"] == "tok" else ""
+                    last = event["ev"] in ("done", "error", "cancelled")
+                    if show_text and (len(pending[stream]) >= PIECE or last and pending[stream]):
+                        _say(label[stream], pending[stream])
+                        pending[stream] = ""
+                    if last:
                         final[stream] = event
                         del position[stream]
             self._watch_gpu()
@@ -97,7 +103,7 @@ class Tour:
 def tour(redis: Redis, keys: Keys) -> None:
     """Walk through it. Raises LorayardError when a job does not end well."""
     guide = Tour(redis, keys)
-    _title(f"One question to the base and to three adapters: {QUESTION}")
+    _title(f"One question to the base and to three adapters: {QUESTION.strip()}")
     jobs = {guide.submit(lora, QUESTION, max_tokens=64): lora or "base" for lora in SETS}
     answers = guide.follow(jobs, show_text=True)
     _title("The same answers in one piece")
