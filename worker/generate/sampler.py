@@ -56,10 +56,8 @@ def sample(logits: Tensor, draws: Sequence[Draw], vocab_size: int) -> list[int |
     for row, draw in zip(logits, draws, strict=True):
         _penalise(row, draw)
         row[list(draw.blocked)] = -torch.inf
-    best = logits.max(-1).values.tolist()
-    chosen: list[int | None] = [
-        int(id) if abs(top) < torch.inf else None for id, top in zip(logits.argmax(-1), best, strict=True)
-    ]
+    best = zip(logits.argmax(-1).tolist(), logits.amax(-1).tolist(), strict=True)
+    chosen: list[int | None] = [id if abs(top) < torch.inf else None for id, top in best]
     for index, draw in enumerate(draws):
         if draw.params.temperature > 0 and chosen[index] is not None:
             chosen[index] = _draw(logits[index], draw)

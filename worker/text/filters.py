@@ -140,6 +140,12 @@ def _text_filter(method: Callable[..., str]) -> Operation:
     return lambda budget, value, *args: method(text_of(budget, value), *args)
 
 
+def _title(budget: Budget, value: Any) -> str:
+    text = text_of(budget, value)
+    budget.elements(len(text))
+    return do_title(text)
+
+
 def _edge(position: int) -> Operation:
     def call(budget: Budget, values: Any) -> Any:
         held = items_of(budget, values)
@@ -179,7 +185,7 @@ FILTERS: dict[str, Operation] = {
     "sum": lambda budget, values, attribute=None, start=0: number(
         start + sum(number(pick(value, attribute)) for value in items_of(budget, values))
     ),
-    "title": _text_filter(do_title),
+    "title": _title,
     "tojson": to_json,
     "trim": _text_filter(str.strip),
     "unique": _unique,

@@ -17,8 +17,8 @@ from .filters import FILTERS, TESTS
 from .interpreter import Interpreter
 from .operations import BINARY
 
-MAX_SOURCE = 128 * 1024
-"""Characters of a template; the longest in use are a quarter of this."""
+MAX_SOURCE = 64 * 1024
+"""Characters of a template; twice the longest in use."""
 PARTS = (nodes.Template, nodes.Pair, nodes.Keyword, nodes.Operand, nodes.Slice, nodes.NSRef)
 """Nodes that their parents take apart."""
 

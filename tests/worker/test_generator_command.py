@@ -1,0 +1,75 @@
+"""`lorayard generate`: what it writes and how it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorayard.shared.cli import run
+
+DEMO = ["generate", "--demo", "--chat", "--temperature", "0", "--devices", "cpu"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_answers_come_in_the_order_of_the_prompts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*DEMO, "--adapter", "shout", "What does len do?", "What is KeyError?"]) == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert [lines[0], lines[2]] == ["> What does len do?", "> What is KeyError?"]
+    assert len(lines) == 4 and lines[1].isupper() and lines[3].isupper() and not err
+
+
+def test_a_weighted_sum_and_a_stop_string(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*DEMO, "--adapter", "json*1.0+shout*0.0", "--stop", ', "topic"', "What does len do?"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith('{"answer"') and "topic" not in text
+    assert isinstance(json.loads(text + "}")["answer"], str)
+
+
+def test_the_same_seed_gives_the_same_text(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert run([*DEMO[:3], "--temperature", "20", "--max-tokens", "9", "--seed", seed, "What is len?"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    "arguments, status, sentence",
+    [
+        (["generate", "--demo"], 2, "a prompt is missing"),
+        (["generate", "model"], 2, "a prompt is missing"),
+        (["generate", "/no/such/model", "x"], 4, "/no/such/model"),
+        ([*DEMO, "--adapter", "nobody", "x"], 2, "there is no adapter nobody; there are: bullets, json, shout"),
+        ([*DEMO, "--adapter", "../x", "x"], 1, "adapter id '../x' must match"),
+        ([*DEMO, "--temperature", "-1", "x"], 1, "temperature must be between 0 and 100"),
+        ([*DEMO, "--max-tokens", "5000", "x"], 1, "together they may be at most 2048"),
+        ([*DEMO, "--max-tokens", "0", "x"], 2, "--max-tokens"),
+        ([*DEMO[:-1], "tpu", "x"], 2, "device 'tpu'"),
+    ],
+)
+def test_a_mistake_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], status: int, sentence: str
+) -> None:
+    assert run(arguments) == status
+    out, err = capsys.readouterr()
+    assert sentence in err and not out and "Traceback" not in err
+
+
+def test_a_broken_adapter_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "adapter_config.json").write_text("{")
+    (tmp_path / "broken" / "adapter_model.safetensors").touch()
+    assert run([*DEMO, "--adapters", str(tmp_path), "--adapter", "broken", "x"]) == 2
+    assert "adapter_config.json is not JSON" in capsys.readouterr().err
