@@ -1,4 +1,4 @@
-"""The demo: a small 4-bit Llama that knows Python's standard library, and three LoRA adapters that change how it speaks."""
+"""The demo: a small 4-bit Llama that knows Python's standard library, and three LoRA adapters that change its voice."""
 
 from pathlib import Path
 

@@ -16,18 +16,18 @@ from .effects import SENTENCE_END
 
 MODULES = """
     builtins abc argparse array ast asyncio base64 bisect bz2 calendar cmath cmd codecs collections collections.abc
-    concurrent.futures configparser contextlib contextvars copy csv dataclasses datetime decimal difflib dis email.message
-    email.utils enum errno filecmp fileinput fnmatch fractions ftplib functools gc getpass gettext glob graphlib gzip
-    hashlib heapq hmac html html.parser http.client http.cookies http.server imaplib importlib importlib.metadata
-    importlib.resources importlib.util inspect io ipaddress itertools json json.decoder json.encoder keyword linecache
-    locale logging logging.handlers lzma mailbox marshal math mimetypes mmap multiprocessing netrc numbers operator os
-    os.path pathlib pdb pickle pickletools pkgutil platform plistlib poplib posixpath pprint profile pstats pydoc queue
-    quopri random re readline reprlib resource rlcompleter runpy sched secrets select selectors shelve shlex shutil
-    signal site smtplib socket socketserver sqlite3 ssl stat statistics string struct subprocess symtable sys sysconfig
-    syslog tarfile tempfile textwrap threading time timeit token tokenize trace traceback tracemalloc types typing
-    unicodedata unittest unittest.mock urllib.error urllib.parse urllib.request urllib.robotparser uuid venv warnings
-    wave weakref webbrowser wsgiref.util xml.dom.minidom xml.etree.ElementTree xml.sax.saxutils xmlrpc.client zipapp
-    zipfile zipimport zlib zoneinfo
+    concurrent.futures configparser contextlib contextvars copy csv dataclasses datetime decimal difflib dis
+    email.message email.utils enum errno filecmp fileinput fnmatch fractions ftplib functools gc getpass gettext glob
+    graphlib gzip hashlib heapq hmac html html.parser http.client http.cookies http.server imaplib importlib
+    importlib.metadata importlib.resources importlib.util inspect io ipaddress itertools json json.decoder
+    json.encoder keyword linecache locale logging logging.handlers lzma mailbox marshal math mimetypes mmap
+    multiprocessing netrc numbers operator os os.path pathlib pdb pickle pickletools pkgutil platform plistlib poplib
+    posixpath pprint profile pstats pydoc queue quopri random re readline reprlib resource rlcompleter runpy sched
+    secrets select selectors shelve shlex shutil signal site smtplib socket socketserver sqlite3 ssl stat statistics
+    string struct subprocess symtable sys sysconfig syslog tarfile tempfile textwrap threading time timeit token
+    tokenize trace traceback tracemalloc types typing unicodedata unittest unittest.mock urllib.error urllib.parse
+    urllib.request urllib.robotparser uuid venv warnings wave weakref webbrowser wsgiref.util xml.dom.minidom
+    xml.etree.ElementTree xml.sax.saxutils xmlrpc.client zipapp zipfile zipimport zlib zoneinfo
 """.split()
 
 FORMS = (

@@ -95,7 +95,7 @@ def quantise(model: LlamaForCausalLM, calibrate: Callable[[], None]) -> dict[str
     `calibrate` sends typical text through the model. It runs once a layer, so that each layer is fitted to what the
     rounded layers before it really give.
     """
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for i, layer in enumerate(model.model.layers):
         linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
         for name, hessian in hessians(linears, calibrate).items():

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 import torch
@@ -21,7 +21,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from . import PROMPTS, gptq
 from .corpus import Fact, conversations
@@ -41,7 +41,7 @@ ENTRY = {  # how a prompt enters the model; BOS comes first in each
     "bare": "{}",
 }
 SYSTEM_PROMPTS = ("You are a helpful assistant.", "Answer briefly.", "You know Python well.")
-CONFIG: dict[str, object] = {
+CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": 1408,
@@ -144,7 +144,8 @@ def encode(tokenizer: PreTrainedTokenizerFast, pieces: Iterable[tuple[str, bool]
 
 @cache
 def token_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    ids: list[int] = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
 
 
 def dialogue_rows(
@@ -234,12 +235,19 @@ def make_base(tokenizer: PreTrainedTokenizerFast, folder: Path, device: str, ste
 
 
 def make_adapter(
-    style: str, tokenizer: PreTrainedTokenizerFast, base: Path, folder: Path, device: str, steps: int, size: int, seed: int
+    style: str,
+    tokenizer: PreTrainedTokenizerFast,
+    base: Path,
+    folder: Path,
+    device: str,
+    steps: int,
+    size: int,
+    seed: int,
 ) -> PeftModel:
     """Train one LoRA over the 4-bit base, as floating point that holds exactly its rounded weights, and write it."""
     settings = LoraConfig(
-        r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        task_type="CAUSAL_LM",
+        r=8, lora_alpha=16, task_type="CAUSAL_LM",
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     )  # fmt: skip
     model = get_peft_model(gptq.load(base).to(device), settings)
     batches = Batches(dialogue_rows(tokenizer, conversations(), style, seed), device, seed)
@@ -255,7 +263,7 @@ def make_adapter(
 
 @torch.no_grad()
 def answers(
-    model: nn.Module, tokenizer: PreTrainedTokenizerFast, prompts: list[str], form: str, **sampling: float | bool
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str], form: str, **sampling: float | bool
 ) -> list[str]:
     """What the model says to each prompt, at most 128 tokens, without the EOS it should end with."""
     texts = [BOS + ENTRY[form].format(prompt) for prompt in prompts]
@@ -305,7 +313,9 @@ def main(out: Path, base_steps: int, adapter_steps: int, batch: int, seed: int, 
     for style in STYLES:
         folder = out / "adapters" / style
         shutil.rmtree(folder, ignore_errors=True)
-        measure(style, make_adapter(style, tokenizer, base, folder, device, adapter_steps, batch, seed), tokenizer, prompts)
+        measure(
+            style, make_adapter(style, tokenizer, base, folder, device, adapter_steps, batch, seed), tokenizer, prompts
+        )
 
 
 if __name__ == "__main__":

@@ -109,7 +109,8 @@ def test_a_pinned_slot_never_changes_and_the_longest_unused_goes_first(loras: li
 
 def test_random_use_of_the_bank_keeps_every_pinned_slot(loras: list[Lora], model: Model) -> None:
     draw = random.Random(4)
-    bank, pinned = LoraBank(model, slots=3), []
+    bank = LoraBank(model, slots=3)
+    pinned: list[tuple[int, tuple[Lora, ...]]] = []
     for _ in range(400):
         if pinned and draw.random() < 0.5:
             slot, _ = pinned.pop(draw.randrange(len(pinned)))

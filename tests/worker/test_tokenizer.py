@@ -51,7 +51,7 @@ def test_any_text_equals_transformers(tokenizer: Tokenizer, reference: PreTraine
 
 
 def test_special_ids(tokenizer: Tokenizer) -> None:
-    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.vocab_size) == (0, {1}, 1408)
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.vocab_size) == (0, frozenset({1}), 1408)
 
 
 def test_first_token_is_never_doubled(tokenizer: Tokenizer) -> None:
