@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from redis import Redis
 from redis.exceptions import OutOfMemoryError, RedisError
@@ -29,6 +30,14 @@ LOCK_MS = 2000
 """How long a placer that died keeps the others from placing."""
 
 
+class _Seen(NamedTuple):
+    """What a look at the yard tells beside the view. deadline_ms: the next one. beats: GPU -> (worker, last beat)."""
+
+    now_ms: int
+    deadline_ms: float
+    beats: Mapping[str, tuple[str, int]]
+
+
 class Placer:
     """One per dispatcher. Several at once are never wrong, since every move is checked by its script."""
 
@@ -41,11 +50,12 @@ class Placer:
 
     def tick(self) -> None:
         """Look at the yard, and move what should move if this placer is the one that places now."""
-        now_ms, workers = self._look()
+        seen = self._look()
         if self._is_mine():
-            self.scripts.expire()
-            self._bury_dead(now_ms, workers)
-            self._apply(place(self.view, now_ms, self.hold_ms))
+            if seen.deadline_ms <= seen.now_ms:
+                self.scripts.expire()
+            self._bury_dead(seen)
+            self._apply(place(self.view, seen.now_ms, self.hold_ms))
 
     def gpu_for(self, combination: str) -> str:
         """The least busy GPU that could start a job of the combination at once, "" if none could.
@@ -67,58 +77,68 @@ class Placer:
     def _is_mine(self) -> bool:
         """Take or keep the right to place. Without memory for the mark there is no right, and every placer places."""
         key = f"{self.keys.prefix}placer"
-        try:
-            if self.redis.set(key, self.name, nx=True, px=LOCK_MS):
-                return True
-            if self.redis.get(key) != self.name.encode():
-                return False
-            return bool(self.redis.set(key, self.name, xx=True, px=LOCK_MS))
-        except OutOfMemoryError:
+        pipe = self.redis.pipeline(transaction=False)
+        pipe.set(key, self.name, nx=True, px=LOCK_MS)
+        pipe.get(key)
+        pipe.pttl(key)
+        taken, holder, left_ms = pipe.execute(raise_on_error=False)
+        if isinstance(taken, OutOfMemoryError):
             return True
+        if isinstance(taken, RedisError):
+            raise taken
+        if holder == self.name.encode() and left_ms < LOCK_MS // 2:
+            self.redis.set(key, self.name, xx=True, px=LOCK_MS)
+        return bool(holder == self.name.encode())
 
-    def _look(self) -> tuple[int, dict[str, tuple[str, int]]]:
-        """Refresh the view. Returns the time, and GPU -> (its worker or "", last beat) in whatever state."""
+    def _look(self) -> _Seen:
+        """Refresh the view."""
         pipe = self.redis.pipeline(transaction=False)
         pipe.time()
         pipe.smembers(self.keys.gpus)
         pipe.zrange(self.keys.lanes, 0, MOST_LANES - 1, withscores=True)
-        (seconds, micros), names, lanes = pipe.execute()
+        pipe.zrange(self.keys.deadlines, 0, 0, withscores=True)
+        (seconds, micros), names, lanes, deadlines = pipe.execute()
         now_ms = self.scripts.now_ms or int(seconds) * 1000 + int(micros) // 1000
         gpu_names = sorted(name.decode() for name in names)
+        lane_names = [name.decode().partition(":")[::2] for name, _ in lanes]
         for gpu in gpu_names:
             pipe.hgetall(self.keys.gpu(gpu))
             pipe.hgetall(self.keys.slots(gpu))
             pipe.hgetall(self.keys.load(gpu))
             pipe.llen(rq_queue(gpu))
-        lane_names = [name.decode().partition(":")[::2] for name, _ in lanes]
         for cls, combination in lane_names:
             pipe.llen(self.keys.lane(cls, combination))
         answers = pipe.execute()
         facts = {gpu: answers[4 * at : 4 * at + 4] for at, gpu in enumerate(gpu_names)}
-        depths = answers[4 * len(gpu_names) :]
-        view = YardView(
-            tuple(_gpu(gpu, *said) for gpu, said in facts.items() if said[0].get(b"state") == b"ready"),
-            tuple(
+        self._see(
+            [_gpu(gpu, *said) for gpu, said in facts.items() if said[0].get(b"state") == b"ready"],
+            [
                 Lane(cls, combination, jobs, int(head))
-                for (cls, combination), jobs, (_, head) in zip(lane_names, depths, lanes, strict=True)
+                for (cls, combination), jobs, (_, head) in zip(
+                    lane_names, answers[4 * len(gpu_names) :], lanes, strict=True
+                )
                 if jobs and cls in CLASSES
-            ),
+            ],
+            now_ms,
         )
+        beats = {gpu: (said[0][b"worker"].decode(), int(said[0][b"beat_ms"])) for gpu, said in facts.items() if said[0]}
+        return _Seen(now_ms, deadlines[0][1] if deadlines else math.inf, beats)
+
+    def _see(self, gpus: list[Gpu], lanes: list[Lane], now_ms: int) -> None:
+        """Put the view together with what this placer remembers."""
+        view = YardView(tuple(gpus), tuple(lanes))
         self._homeless = {name: self._homeless.get(name, now_ms) for name in homeless(view)}
         owed = {cls: int(jobs) for cls, jobs in self._owed.items()}
         self.view = YardView(view.gpus, view.lanes, self._homeless, owed)
-        self._busy = {gpu.name: sum(gpu.load.values()) for gpu in view.gpus}
-        return now_ms, {
-            gpu: (said[0].get(b"worker", b"").decode(), int(said[0].get(b"beat_ms", 0))) for gpu, said in facts.items()
-        }
+        self._busy = {gpu.name: sum(gpu.load.values()) for gpu in gpus}
 
-    def _bury_dead(self, now_ms: int, workers: Mapping[str, tuple[str, int]]) -> None:
+    def _bury_dead(self, seen: _Seen) -> None:
         """Jobs of workers that have fallen silent go back to their lanes."""
-        for gpu, (worker, beat_ms) in workers.items():
-            if worker and now_ms - beat_ms >= LEASE_MS:
+        for gpu, (worker, beat_ms) in seen.beats.items():
+            if seen.now_ms - beat_ms >= LEASE_MS:
                 back = self.scripts.reclaim(gpu, worker, LEASE_MS)
                 if back >= 0:
-                    log.warning("worker %s was silent for %d ms: %d jobs go back", worker, now_ms - beat_ms, back)
+                    log.warning("worker %s was silent for %d ms: %d jobs go back", worker, seen.now_ms - beat_ms, back)
 
     def _apply(self, moves: Iterable[Action]) -> None:
         moves = list(moves)
