@@ -113,7 +113,7 @@ def _follow(client: Client, job_id: str, timeout: float | None, show: bool) -> E
     raise AssertionError("a stream ends with a final event")
 
 
-@click.command(context_settings=HELP)
+@click.command(epilog="Example: LORAYARD_REDIS_URL=redis://127.0.0.1:6390/0 lorayard info", context_settings=HELP)
 @redis_options
 def info(redis_url: str, prefix: str) -> None:
     """Show a running yard: its model, each GPU with its queue and slots, and the jobs that wait."""
@@ -158,7 +158,7 @@ def _gpu_rows(redis: Any, keys: Keys, gpus: list[str]) -> Iterator[tuple[str, ..
         )  # fmt: skip
 
 
-@click.command(context_settings=HELP)
+@click.command(epilog="Example: LORAYARD_REDIS_URL=redis://127.0.0.1:6390/0 lorayard adapters", context_settings=HELP)
 @redis_options
 def adapters(redis_url: str, prefix: str) -> None:
     """List the adapters that jobs may name."""
@@ -177,7 +177,7 @@ def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Table:
     return table
 
 
-@click.command(context_settings=HELP)
+@click.command(epilog="Example: LORAYARD_REDIS_URL=rediss://me:secret@host/0 lorayard dispatcher", context_settings=HELP)
 @click.option(
     "--max-waiting", type=click.IntRange(1), default=DEFAULT_LIMIT, show_default=True, metavar="N",
     help="Jobs of a class that may wait or run; more are refused as busy.",

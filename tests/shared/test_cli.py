@@ -52,7 +52,7 @@ def test_help_imports_nothing_heavy():
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_teaches_by_an_example(name, capsys):
     assert run([name, "--help"]) == 0
-    assert f"  lorayard {name}" in capsys.readouterr().out.partition("\n")[2]  # below the usage line
+    assert f"lorayard {name}" in capsys.readouterr().out.partition("\n")[2]  # below the usage line
 
 
 def test_version(capsys):
