@@ -177,7 +177,9 @@ def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Table:
     return table
 
 
-@click.command(epilog="Example: LORAYARD_REDIS_URL=rediss://me:secret@host/0 lorayard dispatcher", context_settings=HELP)
+@click.command(
+    epilog="Example: LORAYARD_REDIS_URL=rediss://me:secret@host/0 lorayard dispatcher", context_settings=HELP
+)
 @click.option(
     "--max-waiting", type=click.IntRange(1), default=DEFAULT_LIMIT, show_default=True, metavar="N",
     help="Jobs of a class that may wait or run; more are refused as busy.",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from lorayard.shared.errors import FileError, NotSupported, Refused
 
 if TYPE_CHECKING:
-    from lorayard.worker.lora.peft import Lora
+    from ..lora.peft import Lora
 
 
 class Folder(Protocol):

@@ -10,7 +10,7 @@ from lorayard.shared.job import Job
 from .library import AdapterLibrary
 
 if TYPE_CHECKING:
-    from lorayard.worker.lora.peft import Lora
+    from ..lora.peft import Lora
     from lorayard.worker.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 256
