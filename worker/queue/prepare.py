@@ -11,7 +11,7 @@ from .library import AdapterLibrary
 
 if TYPE_CHECKING:
     from ..lora.peft import Lora
-    from lorayard.worker.text.tokenizer import Tokenizer
+    from ..text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 256
 
