@@ -51,7 +51,7 @@ while #rows < tonumber(ARGV[6]) do
   local id = call('LINDEX', queue_key(gpu), 0)
   if not id then break end
   local f = call('HMGET', job_key(id), 'status', 'origin', 'lane', 'req', 'deadline_ms', 'group', 'stream', 'ms', 'v')
-  local mine = f[1] == 'queued' and f[2] == gpu
+  local mine = f[1] == 'queued' and f[2] == gpu and f[4] -- an answered job that RQ requeued has no request
   if mine and not joins(tonumber(f[6] or 0)) then break end
   call('LPOP', queue_key(gpu))
   if mine and f[5] and tonumber(f[5]) <= now then

@@ -5,8 +5,8 @@ local key = slots_key(gpu)
 if call('HGET', key, slot) ~= combination then return -1 end
 local back = {}
 for _, id in ipairs(call('LRANGE', queue_key(gpu), 0, -1)) do
-  local f = call('HMGET', job_key(id), 'status', 'origin', 'lane')
-  if f[1] == 'queued' and f[2] == gpu and combination_of(f[3]) == combination then
+  local f = call('HMGET', job_key(id), 'status', 'origin', 'lane', 'req')
+  if f[1] == 'queued' and f[2] == gpu and f[4] and combination_of(f[3]) == combination then
     call('LREM', queue_key(gpu), 1, id)
     unload(gpu, f[3])
     back[#back + 1] = id

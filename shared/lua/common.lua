@@ -194,8 +194,8 @@ end
 local function take_queue(gpu)
   local ids = {}
   for _, id in ipairs(call('LRANGE', queue_key(gpu), 0, -1)) do
-    local f = call('HMGET', job_key(id), 'status', 'origin')
-    if f[1] == 'queued' and f[2] == gpu then ids[#ids + 1] = id end
+    local f = call('HMGET', job_key(id), 'status', 'origin', 'req')
+    if f[1] == 'queued' and f[2] == gpu and f[3] then ids[#ids + 1] = id end
   end
   call('DEL', queue_key(gpu))
   return ids

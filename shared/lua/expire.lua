@@ -12,6 +12,7 @@ for _, id in ipairs(due) do
       unload(f[3], f[2])
     end
     finish_error(id, f[2], 'expired', 'the deadline passed while the job was waiting')
+    if f[1] == 'deferred' then refresh_lane(f[2]) end
   end
 end
 return #due

@@ -7,6 +7,10 @@ if not drop_lease(gpu, worker, id, ARGV[6]) then return 0 end
 local f = call('HMGET', job_key(id), 'lane', 'req')
 if not f[2] then return 0 end
 unload(gpu, f[1])
-finish(id, f[1], ARGV[7], cmsgpack.unpack(ARGV[8]))
+local event = cmsgpack.unpack(ARGV[8])
+finish(id, f[1], ARGV[7], event)
+if event[2] == 'error' and event[4] ~= 'internal' and event[4] ~= 'expired' then -- bad input, found late
+  call('XADD', P .. 'dead', 'MAXLEN', '~', 100000, '*', 'entry', '', 'code', event[4], 'error', event[6], 'id', id)
+end
 call('HINCRBY', 'rq:worker:' .. worker, ARGV[7] == 'finished' and 'successful_job_count' or 'failed_job_count', 1)
 return 1

@@ -52,9 +52,13 @@ Examples:
 )
 @click.option("--host", help="Name of this host in the names of its workers. Default: the system's.")
 @click.option(
-    "--lease-ms", type=click.IntRange(200), default=10_000, hidden=True, help="Silence that proves a worker dead."
+    "--grace",
+    type=click.FloatRange(0),
+    default=GRACE_S,
+    show_default=True,
+    metavar="S",
+    help="Seconds that running jobs get to finish when the workers are stopped.",
 )
-@click.option("--grace", type=click.FloatRange(0), default=GRACE_S, hidden=True, help="Seconds to finish when stopped.")
 @redis_options
 def worker(
     model: str,
@@ -65,15 +69,14 @@ def worker(
     max_batch: int,
     cache_tokens: int,
     host: str | None,
-    lease_ms: int,
     grace: float,
     redis_url: str,
     prefix: str,
 ) -> int:
     """Run the workers of this host for the model in folder MODEL, one per GPU, and start again those that die.
 
-    Ctrl-C or SIGTERM lets running jobs finish for half a minute; the rest go back to their lanes, and run elsewhere or
-    after the next start.
+    Ctrl-C or SIGTERM lets running jobs finish for a while; the rest go back to their lanes, and run elsewhere or after
+    the next start.
     """
     if cpu_workers and devices:
         raise UsageError("--cpu-workers and --devices exclude each other")
@@ -83,7 +86,7 @@ def worker(
     specs = [
         WorkerSpec(
             gpu, "", os.path.abspath(model), tuple(map(os.path.abspath, adapters)),
-            device if device == "cpu" else (device,), prefix, slots, max_batch, cache_tokens, lease_ms, grace,
+            device if device == "cpu" else (device,), prefix, slots, max_batch, cache_tokens, grace,
         )
         for gpu, device in places
     ]  # fmt: skip

@@ -49,9 +49,8 @@ def run(spec: WorkerSpec, redis_url: str) -> None:
     keys = Keys(spec.prefix)
     scripts = Scripts(connect(redis_url, socket_timeout=SOCKET_TIMEOUT_S), keys)
     beats = Scripts(connect(redis_url, socket_timeout=BEAT_TIMEOUT_S), keys)
-    worker = GpuWorker(
-        scripts, beats, spec.gpu, spec.worker, spec.max_batch, functools.partial(os._exit, SUPERSEDED), spec.lease_ms
-    )
+    superseded = functools.partial(os._exit, SUPERSEDED)
+    worker = GpuWorker(scripts, beats, spec.gpu, spec.worker, spec.max_batch, superseded)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.drain(spec.grace_s))
     holder = worker.join_yard(
@@ -69,7 +68,7 @@ def run(spec: WorkerSpec, redis_url: str) -> None:
 
 
 def _serve(spec: WorkerSpec, worker: GpuWorker) -> None:
-    from lorayard.worker import Cache, Generator, Lora, Model, ModelConfig, Tokenizer
+    from .. import Cache, Generator, Lora, Model, ModelConfig, Tokenizer
 
     path = Path(spec.model)
     tokenizer = Tokenizer.from_directory(path)
@@ -85,7 +84,7 @@ def _serve(spec: WorkerSpec, worker: GpuWorker) -> None:
         path, digest, generator.capacity, config.max_seq_len, config.vocab_size, spec.slots, spec.max_batch,
         generator.bank.max_rank, tokenizer.has_chat_template,
     )  # fmt: skip
-    facts.publish(worker.scripts, spec.gpu, fields, spec.lease_ms)
+    facts.publish(worker.scripts, spec.gpu, fields, worker.lease_ms)
     roots = [Path(root) for root in spec.adapters]
     library = AdapterLibrary(
         functools.partial(scan, roots), functools.partial(Lora.from_directory, model), keep=2 * spec.slots + 8

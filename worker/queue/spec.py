@@ -25,8 +25,6 @@ class WorkerSpec:
     slots: int = SLOTS
     max_batch: int = MAX_BATCH
     cache_tokens: int = CACHE_TOKENS
-    lease_ms: int = 10_000
-    """Silence after which the worker counts as dead and its jobs run elsewhere."""
     grace_s: float = GRACE_S
     """What running jobs get to finish after SIGTERM."""
 

@@ -25,6 +25,8 @@ from .running import Running
 
 log = logging.getLogger(__name__)
 
+LEASE_MS = 10_000
+"""Silence after which a worker counts as dead and its jobs run elsewhere."""
 IDLE_S = 0.5  # longest blocking look at an empty queue, so also what SIGTERM may wait for
 PAUSE_S = 0.02  # between looks when there is nothing to wait for
 AWAY_S = 0.2  # between tries while Redis is away
@@ -53,7 +55,7 @@ class GpuWorker(BaseWorker):
 
     def __init__(
         self, scripts: Scripts, beat_scripts: Scripts, gpu: str, name: str, seats: int,
-        superseded: Callable[[], object], lease_ms: int,
+        superseded: Callable[[], object], lease_ms: int = LEASE_MS,
     ) -> None:  # fmt: skip
         super().__init__(
             [gpu], name=name, connection=scripts.redis, serializer=JSONSerializer, worker_ttl=RECORD_S - 60
