@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 
 from lorayard.demo import ADAPTERS, BASE, PROMPTS
 from lorayard.demo.corpus import conversations, held_out
@@ -24,7 +23,6 @@ def test_no_question_is_from_training() -> None:
 
 @pytest.mark.slow
 def test_effects_in_one_mixed_batch() -> None:
-    torch.set_num_threads(1)
     model = Model(ModelConfig.from_directory(BASE))
     cache = Cache(model, max_tokens=64 * 256)
     model.load(cache, "cpu")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -20,14 +20,6 @@ GREEDY = SamplingParams(temperature=0)
 SAMPLED = SamplingParams(temperature=4, top_k=60, top_p=0.97, repetition_penalty=1.1, seed=11)
 QUESTIONS: list[str] = json.loads(PROMPTS.read_text())
 Options = dict[str, Any]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -131,25 +123,23 @@ def test_each_linear_is_called_once_a_step_whatever_the_sets(
     assert calls == Counter([*model.linears, "lm_head"])
 
 
-def test_known_pages_save_work_and_change_nothing(
+def test_known_pages_save_work_and_change_no_bit(
     make: Any, adapters: dict[str, Lora], prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = make()
-    computed = count_tokens(generator, monkeypatch)
-    text = [id for prompt in prompts for id in prompt][:600]
-    shout = adapters["shout"]
-    options: Options = {"max_tokens": 6, "sampling": SAMPLED}
+    steps = watch(generator, monkeypatch)
+    text = [id for prompt in prompts for id in prompt][:300]
     seen = {}
-    for name, loras in {"base": [], "set": [shout], "scaled": [(shout, 0.5)]}.items():
-        computed.clear()
-        (seen[name],) = ids_of(generator, [(text, options | {"loras": loras})])
-        assert sum(computed) == 600 + 5, "another set must not use these pages"
-        computed.clear()
-        assert ids_of(generator, [(text, options | {"loras": loras})]) == [seen[name]]
-        assert sum(computed) == 600 - 512 + 5
-        computed.clear()
-        assert ids_of(generator, [(text[:512], options | {"loras": loras})]) != [seen[name]]
-        assert sum(computed) == 256 + 5, "the last token of a prompt is always computed"
+    for name, loras in {"base": [], "set": [adapters["shout"]], "scaled": [(adapters["shout"], 0.5)]}.items():
+        options: Options = {"max_tokens": 6, "sampling": SAMPLED, "loras": loras}
+        (seen[name],) = ids_of(generator, [(text, options)])
+        computed, logits = drain(steps)
+        assert computed == 300 + 5, "another set must not use these pages"
+        assert ids_of(generator, [(text, options)]) == [seen[name]]
+        computed, again = drain(steps)
+        assert computed == 300 - 256 + 5 and torch.equal(again, logits)
+        ids_of(generator, [(text[:256], options)])
+        assert drain(steps)[0] == 256 + 5, "the last token of a prompt is always computed"
     assert len({tuple(ids) for ids in seen.values()}) == 3
 
 
@@ -158,24 +148,35 @@ def test_generated_pages_are_known_too(make: Any, prompts: list[list[int]], monk
     text = [id for prompt in prompts for id in prompt][:250]
     options: Options = {"max_tokens": 12, "min_tokens": 12, "sampling": GREEDY}
     (ids,) = ids_of(generator, [(text, options)])
-    computed = count_tokens(generator, monkeypatch)
+    steps = watch(generator, monkeypatch)
     follow_up = [*text, *ids]
     hit = ids_of(generator, [(follow_up, options)])
-    assert sum(computed) == len(follow_up) - 256 + 11
+    assert drain(steps)[0] == len(follow_up) - 256 + 11
     assert ids_of(make(), [(follow_up, options)]) == hit
 
 
-def count_tokens(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A list that gets the number of tokens of each step."""
-    counts: list[int] = []
+Steps = list[tuple[int, torch.Tensor]]
+
+
+def watch(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> Steps:
+    """A list that gets the number of tokens and the logits of each step."""
+    steps: Steps = []
     forward = generator.model.forward
 
-    def counted(batch: Batch, *args: Any) -> torch.Tensor:
-        counts.append(len(batch.token_ids))
-        return forward(batch, *args)
+    def watched(batch: Batch, *args: Any) -> torch.Tensor:
+        logits = forward(batch, *args)
+        steps.append((len(batch.token_ids), logits.clone()))
+        return logits
 
-    monkeypatch.setattr(generator.model, "forward", counted)
-    return counts
+    monkeypatch.setattr(generator.model, "forward", watched)
+    return steps
+
+
+def drain(steps: Steps) -> tuple[int, torch.Tensor]:
+    """Tokens and logits of all steps since the last call."""
+    taken = steps.copy()
+    steps.clear()
+    return sum(count for count, _ in taken), torch.cat([logits for _, logits in taken])
 
 
 def test_warmup_leaves_no_trace(make: Any, adapters: dict[str, Lora], prompts: list[list[int]]) -> None:

@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from lorayard.shared.cli import run
 
 DEMO = ["generate", "--demo", "--chat", "--temperature", "0", "--devices", "cpu"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_answers_come_in_the_order_of_the_prompts(capsys: pytest.CaptureFixture[str]) -> None:

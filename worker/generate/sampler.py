@@ -55,7 +55,8 @@ def sample(logits: Tensor, draws: Sequence[Draw], vocab_size: int) -> list[int |
     logits[:, vocab_size:] = -torch.inf
     for row, draw in zip(logits, draws, strict=True):
         _penalise(row, draw)
-        row[list(draw.blocked)] = -torch.inf
+        if draw.blocked:
+            row[list(draw.blocked)] = -torch.inf
     best = zip(logits.argmax(-1).tolist(), logits.amax(-1).tolist(), strict=True)
     chosen: list[int | None] = [id if abs(top) < torch.inf else None for id, top in best]
     for index, draw in enumerate(draws):
