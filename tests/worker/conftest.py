@@ -1,4 +1,4 @@
-"""One thread for torch in tests, set before torch is imported: small work on several threads waits more than it runs."""
+"""One thread for torch in tests, set before torch is imported: small work on several threads mostly waits."""
 
 from __future__ import annotations
 
