@@ -18,31 +18,36 @@ class Tiles:
     """A step's queries in tiles of TILE tokens of one sequence, those with the longest past first.
 
     rows int64 [n, TILE]: tokens; a short tile repeats its first. positions int64 [n, TILE]. pages int64 [n, P].
-    active: for each page index p, how many tiles see that page. place int64 [T]: a token's index in the flat tiles.
+    place int64 [T]: a token's index in the flat tiles. Keys are read in blocks of `block` tokens, a part of a page;
+    active: for each block of the past, how many tiles see it.
     """
 
     rows: Tensor
     positions: Tensor
     pages: Tensor
-    active: tuple[int, ...]
     place: Tensor
+    block: int
+    active: tuple[int, ...]
 
-    def hide(self, p: int, n: int, page: int) -> Tensor:
-        """float32 [n, TILE, page] of the first n tiles: 0 for keys of page p that a query sees, -inf for later ones."""
-        keys = torch.arange(p * page, (p + 1) * page, device=self.positions.device)
-        return torch.where(keys > self.positions[:n, :, None], -torch.inf, 0.0)
+    def hidden(self, i: int) -> Tensor:
+        """float32 [n, TILE, block] of the tiles that see block i: 0 for keys that a query sees, -inf for later ones."""
+        keys = torch.arange(i * self.block, (i + 1) * self.block, device=self.positions.device)
+        return torch.where(keys > self.positions[: self.active[i], :, None], -torch.inf, 0.0)
 
-    def to(self, device: torch.device) -> Tiles:
-        """The same on `device`."""
-        moved = (part.to(device) for part in (self.rows, self.positions, self.pages, self.place))
-        rows, positions, pages, place = moved
-        return Tiles(rows, positions, pages, self.active, place)
+    def read(self, pool: Tensor, i: int) -> Tensor:
+        """float32 [n, kv_heads, block, D]: block i of the tiles that see it, from a pool [pages, kv_heads, page, D]."""
+        _, heads, page, dim = pool.shape
+        n, parts = self.active[i], page // self.block
+        heads_of_page = self.pages[:n, i // parts, None] * heads + torch.arange(heads, device=pool.device)
+        blocks = pool.view(-1, self.block, dim).index_select(0, (heads_of_page * parts + i % parts).flatten())
+        return blocks.view(n, heads, self.block, dim).float()
 
 
-def tile(sequence: Tensor, positions: Tensor, page_table: Tensor, page: int) -> Tiles:
-    """Cut the tokens of a step into tiles.
+def tile(sequence: Tensor, positions: Tensor, page_table: Tensor, page: int, block: int, device: torch.device) -> Tiles:
+    """Cut the tokens of a step into tiles on `device`, with keys in blocks of `block` tokens.
 
-    sequence, positions int64 [T], a sequence's tokens contiguous; page_table int64 [S, P], pages of `page` tokens.
+    On the CPU: sequence, positions int64 [T], a sequence's tokens contiguous; page_table int64 [S, P], pages of `page`
+    tokens.
     """
     index = torch.arange(len(sequence))
     starts = torch.cat([sequence.new_ones(1, dtype=torch.bool), sequence[1:] != sequence[:-1]])
@@ -54,10 +59,11 @@ def tile(sequence: Tensor, positions: Tensor, page_table: Tensor, page: int) -> 
     rows = rows.view(-1, TILE)
     order = positions[rows].amax(1).argsort(descending=True, stable=True)
     rows = rows[order]
-    depth = positions[rows].amax(1) // page + 1
-    active = tuple(int((depth > p).sum()) for p in range(int(depth.max())))
+    depth = positions[rows].amax(1) // block + 1
+    active = torch.bincount(depth).flip(0).cumsum(0).flip(0)[1:].tolist()
     place = order.argsort()[of_token] * TILE + within % TILE
-    return Tiles(rows, positions[rows], page_table[sequence[rows[:, 0]]], active, place)
+    parts = (rows, positions[rows], page_table[sequence[rows[:, 0]]], place)
+    return Tiles(*(part.to(device) for part in parts), block, tuple(active))
 
 
 def write(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, pages: Tensor, offsets: Tensor) -> None:
@@ -73,24 +79,23 @@ def write(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, pages: Tensor, o
 def attend(q: Tensor, k_pool: Tensor, v_pool: Tensor, tiles: Tiles) -> Tensor:
     """q [T, heads, D] and the pools of `write` -> softmax(q kᵀ / sqrt(D)) v, [T, heads, D] in q's dtype.
 
-    A query sees the keys at its position and before. Computed in float32, page by page in order with a running maximum
-    (Milakov and Gimelshein 2018); products have one shape whatever the batch, so a row's bits do not depend on it.
+    A query sees the keys at its position and before. Computed in float32, block by block in order with a running
+    maximum (Milakov and Gimelshein 2018); products have one shape whatever the batch, so a row's bits do not depend on
+    it.
     """
     heads, dim = q.shape[1:]
-    kv_heads, page = k_pool.shape[1:3]
-    shared = heads // kv_heads
+    kv_heads = k_pool.shape[1]
     queries = (q.float() * dim**-0.5).index_select(0, tiles.rows.flatten())
-    queries = queries.view(-1, TILE, kv_heads, shared, dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    queries = queries.view(-1, TILE, kv_heads, heads // kv_heads, dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
     top = queries.new_full((*queries.shape[:3], 1), -torch.inf)
     total, out = torch.zeros_like(top), torch.zeros_like(queries)
-    for p, n in enumerate(tiles.active):
-        k, v = (pool.index_select(0, tiles.pages[:n, p]).float() for pool in (k_pool, v_pool))
-        scores = queries[:n] @ k.transpose(-1, -2)
-        scores.view(n, kv_heads * shared, TILE, page).add_(tiles.hide(p, n, page)[:, None])
+    for i, n in enumerate(tiles.active):
+        scores = queries[:n] @ tiles.read(k_pool, i).transpose(-1, -2)
+        scores.view(n, heads, TILE, tiles.block).add_(tiles.hidden(i)[:, None])
         peak = torch.maximum(top[:n], scores.amax(-1, keepdim=True))
         weights, kept = scores.sub_(peak).exp_(), (top[:n] - peak).exp_()
         total[:n] = total[:n] * kept + weights.sum(-1, keepdim=True)
-        out[:n] = out[:n] * kept + weights @ v
+        out[:n] = out[:n] * kept + weights @ tiles.read(v_pool, i)
         top[:n] = peak
     out = (out / total).view(-1, heads, TILE, dim).transpose(1, 2)
     return out.reshape(-1, heads, dim).index_select(0, tiles.place).to(q.dtype)

@@ -25,8 +25,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def fill(x: Tensor, rows: int = 1) -> Tensor:
-    """x [T, K] with zeros up to a multiple of `rows` rows and of STEP columns."""
-    below, right = -len(x) % rows, -x.shape[1] % STEP
+    """x [..., T, K] with zeros up to a multiple of `rows` rows and of STEP columns."""
+    below, right = -x.shape[-2] % rows, -x.shape[-1] % STEP
     return torch.constant_pad_nd(x, (0, right, 0, below)) if below or right else x
 
 

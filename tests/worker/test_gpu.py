@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -83,6 +84,7 @@ def test_layers_over_two_devices_give_the_same_logits() -> None:
 
 
 def test_auto_takes_every_gpu_and_unload_gives_memory_back() -> None:
+    gc.collect()
     before = torch.cuda.memory_allocated()
     model = load(BASE, "auto")
     assert {device.type for device in model.layer_devices} == {"cuda"} and torch.cuda.memory_allocated() > before

@@ -10,7 +10,7 @@ import torch
 
 from lorayard.kernels.attention import attend, tile, write
 from lorayard.kernels.linear import linear
-from lorayard.kernels.lora import add_lora
+from lorayard.kernels.lora import add_lora, tile_rows
 from lorayard.kernels.rms_norm import rms_norm
 from lorayard.kernels.silu_mul import silu_mul
 from lorayard.worker import Lora, Model, ModelConfig
@@ -152,7 +152,8 @@ def test_kernels_keep_a_rows_bits_at_every_size_of_batch(inputs: int, outputs: i
 
     def run(x: torch.Tensor) -> list[torch.Tensor]:
         y = linear(x, weight)
-        add_lora(x, y, torch.arange(len(x)), torch.ones(len(x), 5), a, b)
+        rows, scales = tile_rows(torch.arange(len(x)), torch.ones(len(x), 5))
+        add_lora(x, y, rows, scales, a.expand(len(rows), -1, -1), b.expand(len(rows), -1, -1))
         return [y, rms_norm(x, scale, 1e-5), silu_mul(x, x + 1)]
 
     whole = run(x)
@@ -168,7 +169,8 @@ def test_attention_over_many_pages_is_exact() -> None:
     q, k, v = torch.randn(n, 4, 8) * 3, torch.randn(n, 2, 8), torch.randn(n, 2, 8)
     positions, table = torch.arange(n), torch.tensor([[4, 0, 5, 2]])
     write(k, v, pools[0], pools[1], table[0, positions // page], positions % page)
-    got = attend(q, pools[0], pools[1], tile(torch.zeros_like(positions), positions, table, page))
+    tiles = tile(torch.zeros_like(positions), positions, table, page, 8, torch.device("cpu"))
+    got = attend(q, pools[0], pools[1], tiles)
     wide = [t.repeat_interleave(2, 1).transpose(0, 1) for t in (k, v)]
     expected = torch.nn.functional.scaled_dot_product_attention(q.transpose(0, 1), *wide, is_causal=True)
     assert torch.allclose(got, expected.transpose(0, 1), atol=1e-5)

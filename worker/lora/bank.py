@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorayard.kernels.linear import STEP
-from lorayard.kernels.lora import add_lora
+from lorayard.kernels.lora import add_lora, tile_rows
 from lorayard.shared.errors import AdapterError, SlotBusy, UsageError
 from lorayard.shared.job import MAX_RANK_SUM
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class _Slot:
-    """One combination: A [R, K] and B [N, R] for each linear, R the sum of the adapters' largest ranks, rounded up."""
+    """One combination: A [R, K] and B [N, R] for each linear that it touches, R its rank class."""
 
     loras: tuple[Lora, ...] = ()
     stacked: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -32,6 +32,26 @@ class _Slot:
     @property
     def digests(self) -> tuple[str, ...]:
         return tuple(lora.digest for lora in self.loras)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The tiles of rows whose slots have one rank class R.
+
+    slots: one for each tile. rows int64 [G, TILE], scales float32 [G, TILE, R].
+    """
+
+    slots: tuple[int, ...]
+    rows: Tensor
+    scales: Tensor
+
+    @classmethod
+    def of(cls, uses: list[LoraRows], device: torch.device) -> Group:
+        """From the rows of each slot, on `device`."""
+        tiles = [tile_rows(use.rows, use.scales) for use in uses]
+        slots = tuple(use.slot for use, (rows, _) in zip(uses, tiles, strict=True) for _ in rows)
+        rows, scales = (torch.cat(parts).to(device) for parts in zip(*tiles, strict=True))
+        return cls(slots, rows, scales)
 
 
 class LoraBank:
@@ -88,19 +108,29 @@ class LoraBank:
         self._slots[slot].pins -= 1
 
     def rank_scales(self, slot: int, scales: tuple[float, ...]) -> Tensor:
-        """float32 [R]: each adapter's scale, in the order of the adapters' names, once for each of its ranks."""
+        """float32 [R], R the slot's rank class: each adapter's scale by order of name, once a rank, then zeros."""
         loras = self._slots[slot].loras
         ranks = torch.tensor([lora.max_rank for lora in loras])
-        spread = torch.zeros(_rank_sum(loras))
+        spread = torch.zeros(_rank_class(loras))
         spread[: int(ranks.sum())] = torch.tensor(scales, dtype=torch.float32).repeat_interleave(ranks)
         return spread
 
-    def apply(self, name: str, x: Tensor, y: Tensor, loras: tuple[LoraRows, ...]) -> Tensor:
-        """y [T, N] of the linear `name` for its input x [T, K], with each slot's delta added to its rows in place."""
+    def prepare(self, loras: tuple[LoraRows, ...], device: torch.device) -> tuple[Group, ...]:
+        """What `apply` needs of a step, on `device`."""
+        classes: dict[int, list[LoraRows]] = {}
         for use in loras:
-            pair = self._slots[use.slot].stacked.get(name)
-            if pair:
-                add_lora(x, y, use.rows, use.scales, *pair)
+            classes.setdefault(use.scales.shape[1], []).append(use)
+        return tuple(Group.of(uses, device) for uses in classes.values())
+
+    def apply(self, name: str, x: Tensor, y: Tensor, groups: tuple[Group, ...]) -> Tensor:
+        """y [T, N] of the linear `name` for its input x [T, K], with each slot's delta added to its rows in place."""
+        for group in groups:
+            pairs = [self._slots[slot].stacked.get(name) for slot in group.slots]
+            touched = next((pair for pair in pairs if pair), None)
+            if touched:
+                blank = (torch.zeros_like(touched[0]), torch.zeros_like(touched[1]))
+                a, b = (torch.stack(halves) for halves in zip(*(pair or blank for pair in pairs), strict=True))
+                add_lora(x, y, group.rows, group.scales, a, b)
         return y
 
     def _touch(self, slot: int) -> None:
@@ -131,15 +161,15 @@ def _ordered(loras: tuple[Lora, ...]) -> tuple[Lora, ...]:
     return tuple(sorted(loras, key=lambda lora: lora.name))
 
 
-def _rank_sum(loras: tuple[Lora, ...]) -> int:
-    """R: a whole number of steps, as kernels.linear wants its columns."""
-    return -(-sum(lora.max_rank for lora in loras) // STEP) * STEP
+def _rank_class(loras: tuple[Lora, ...]) -> int:
+    """STEP, or the next power of two that holds the sum of the adapters' largest ranks."""
+    return max(STEP, 1 << (sum(lora.max_rank for lora in loras) - 1).bit_length())
 
 
 def _stack(loras: tuple[Lora, ...], module: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """A [R, K] and B [N, R]; zeros where an adapter has a smaller rank at this linear, or none."""
     present = next(lora.tensors[module] for lora in loras if module in lora.tensors)
-    total = _rank_sum(loras)
+    total = _rank_class(loras)
     a = present[0].new_zeros(total, present[0].shape[1])
     b = present[1].new_zeros(len(present[1]), total)
     start = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor
 
 from .batch import LoraRows
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
 class Bank(Protocol):
     """Resident adapters; `lora.bank.LoraBank` is the one there is."""
 
-    def apply(self, name: str, x: Tensor, y: Tensor, loras: tuple[LoraRows, ...]) -> Tensor:
+    def prepare(self, loras: tuple[LoraRows, ...], device: torch.device) -> Any:
+        """What `apply` needs of a step, on `device`."""
+
+    def apply(self, name: str, x: Tensor, y: Tensor, prepared: Any) -> Tensor:
         """y [T, N] of the linear `name` for its input x [T, K], with the delta of every slot in use added."""
 
 

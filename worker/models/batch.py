@@ -36,15 +36,3 @@ class Batch:
     page_table: torch.Tensor
     logit_rows: torch.Tensor
     loras: tuple[LoraRows, ...] = ()
-
-    def to(self, device: torch.device) -> Batch:
-        """The same on `device`."""
-        loras = tuple(LoraRows(each.slot, each.rows.to(device), each.scales.to(device)) for each in self.loras)
-        return Batch(
-            token_ids=self.token_ids.to(device),
-            positions=self.positions.to(device),
-            sequence=self.sequence.to(device),
-            page_table=self.page_table.to(device),
-            logit_rows=self.logit_rows.to(device),
-            loras=loras,
-        )

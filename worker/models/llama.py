@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorayard.kernels.attention import Tiles, attend, write
+from lorayard.kernels.attention import Tiles, attend, tile, write
 from lorayard.kernels.rms_norm import rms_norm
 from lorayard.kernels.rope import rope
 from lorayard.kernels.silu_mul import silu_mul
@@ -17,8 +18,11 @@ from ..linear import linear
 from ..linear.linear import Linear, Shape
 from ..linear.tensors import Tensors
 from .adapters import Bank
-from .batch import Batch, LoraRows
+from .batch import Batch
 from .config import ModelConfig
+
+CPU_BLOCK = 64
+"""Keys that attention reads at a time on the CPU: most texts there are short."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,20 +34,24 @@ class Step:
     sin: Tensor
     pages: Tensor
     offsets: Tensor
-    loras: tuple[LoraRows, ...]
     bank: Bank | None
+    loras: Any
 
     @classmethod
-    def of(cls, batch: Batch, tiles: Tiles, rope_tables: tuple[Tensor, Tensor], bank: Bank | None) -> Step:
-        """From a batch and its tiles, both on the device of the tables."""
-        cos, sin = (table[batch.positions] for table in rope_tables)
-        pages = batch.page_table[batch.sequence, batch.positions // PAGE]
-        return cls(tiles, cos, sin, pages, batch.positions % PAGE, batch.loras, bank)
+    def of(cls, batch: Batch, device: torch.device, rope_tables: tuple[Tensor, Tensor], bank: Bank | None) -> Step:
+        """From a batch on the CPU, and RoPE tables on the device."""
+        block = CPU_BLOCK if device.type == "cpu" else PAGE
+        tiles = tile(batch.sequence, batch.positions, batch.page_table, PAGE, block, device)
+        positions = batch.positions.to(device)
+        cos, sin = (table[positions] for table in rope_tables)
+        pages = batch.page_table[batch.sequence, batch.positions // PAGE].to(device)
+        loras = bank.prepare(batch.loras, device) if bank and batch.loras else None
+        return cls(tiles, cos, sin, pages, positions % PAGE, bank, loras)
 
     def project(self, module: Linear, x: Tensor) -> Tensor:
         """The linear, called once for all rows, and each slot's delta for its rows."""
         y = module(x)
-        return self.bank.apply(module.name, x, y, self.loras) if self.bank and self.loras else y
+        return self.bank.apply(module.name, x, y, self.loras) if self.bank and self.loras is not None else y
 
 
 def layer_linears(config: ModelConfig, index: int) -> dict[str, Shape]:

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lorayard.kernels.attention import tile
 from lorayard.kernels.rms_norm import rms_norm
 from lorayard.shared.errors import ModelError, NotSupported, UsageError
 
-from ..cache.storage import PAGE, Cache
+from ..cache.storage import Cache
 from ..linear import linear
 from ..linear.linear import Linear, Shape
 from ..linear.tensors import Tensors
@@ -120,11 +119,7 @@ class Model:
         return self.head(rms_norm(h, self.norm, self.config.norm_eps)).float()
 
     def _steps(self, batch: Batch, bank: Bank | None) -> dict[torch.device, Step]:
-        tiles = tile(batch.sequence, batch.positions, batch.page_table, PAGE)
-        return {
-            device: Step.of(batch.to(device), tiles.to(device), self.rope[device], bank)
-            for device in set(self.layer_devices)
-        }
+        return {device: Step.of(batch, device, self.rope[device], bank) for device in set(self.layer_devices)}
 
     def logits(
         self, token_ids: Sequence[int] | Tensor, loras: Sequence[Adapter | tuple[Adapter, float]] = ()
