@@ -64,7 +64,7 @@ class LoraSet:
 
 def _adapter_term(term: str) -> tuple[str, float]:
     name, star, scale = term.partition("*")
-    if star and not re.fullmatch(r"-?\d{1,9}(\.\d{1,9})?", scale.strip()):
+    if star and not re.fullmatch(r"-?[0-9]{1,9}(\.[0-9]{1,9})?", scale.strip()):
         raise Refused("bad_adapter", f"{term[:80]!r} must be ID or ID*decimal, such as sql*0.7")
     return name.strip(), float(scale) if star else 1.0
 
