@@ -20,6 +20,7 @@ from ..linear.tensors import Tensors
 from .adapters import Bank
 from .batch import Batch
 from .config import ModelConfig
+from .rope import turns
 
 CPU_BLOCK = 64
 """Keys that attention reads at a time on the CPU: most texts there are short."""
@@ -38,12 +39,12 @@ class Step:
     loras: Any
 
     @classmethod
-    def of(cls, batch: Batch, device: torch.device, rope_tables: tuple[Tensor, Tensor], bank: Bank | None) -> Step:
-        """From a batch on the CPU, and RoPE tables on the device."""
+    def of(cls, batch: Batch, device: torch.device, frequencies: Tensor, bank: Bank | None) -> Step:
+        """From a batch on the CPU, and RoPE's frequencies on the device."""
         block = CPU_BLOCK if device.type == "cpu" else PAGE
         tiles = tile(batch.sequence, batch.positions, batch.page_table, PAGE, block, device)
         positions = batch.positions.to(device)
-        cos, sin = (table[positions] for table in rope_tables)
+        cos, sin = turns(positions, frequencies)
         pages = batch.page_table[batch.sequence, batch.positions // PAGE].to(device)
         loras = bank.prepare(batch.loras, device) if bank and batch.loras else None
         return cls(tiles, cos, sin, pages, positions % PAGE, bank, loras)

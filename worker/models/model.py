@@ -21,7 +21,7 @@ from .batch import Batch, LoraRows
 from .config import ModelConfig
 from .llama import Layer, Step, layer_linears, layer_norms
 from .placement import Devices, budgets, place
-from .rope import tables
+from .rope import frequencies
 
 EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"
 IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|(?!model\.|lm_head\.).*")
@@ -39,7 +39,7 @@ class Model:
         """Give the memory back."""
         self.layers: list[Layer] = []
         self.linears: dict[str, Linear] = {}
-        self.rope: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self.rope: dict[torch.device, Tensor] = {}
         self.dtype = torch.float32
         self.head: Linear | None = None
         self.embedding = self.norm = torch.empty(0)
@@ -99,8 +99,7 @@ class Model:
             self.head = Linear(head_shape(config), self.embedding.to(placed[-1]), None)
         else:
             self.head = linear.read(tensors, head_shape(config), config.gptq, placed[-1], self.dtype)
-        turns = tables(config)
-        self.rope = {device: (turns[0].to(device), turns[1].to(device)) for device in set(placed)}
+        self.rope = {device: frequencies(config).to(device) for device in set(placed)}
         progress(len(placed), len(placed))
 
     def forward(self, batch: Batch, cache: Cache, bank: Bank | None = None) -> Tensor:
