@@ -44,11 +44,13 @@ class JsonFile:
             raise self.error(f"{self.path}: {name} must be {KINDS[kind]}, not {str(value)[:60]!r}")
         return value
 
-    def size(self, name: str, default: Any = REQUIRED, within: dict[str, Any] | None = None) -> int:
-        """A whole number from 1 to 2^30."""
+    def size(
+        self, name: str, default: Any = REQUIRED, within: dict[str, Any] | None = None, most: int = 1 << 30
+    ) -> int:
+        """A whole number from 1 to `most`."""
         value = self.get(name, int, default, within)
-        if not 1 <= value <= 1 << 30:
-            raise self.error(f"{self.path}: {name} must be between 1 and 2^30, not {str(value)[:60]}")
+        if not 1 <= value <= most:
+            raise self.error(f"{self.path}: {name} must be between 1 and {most}, not {str(value)[:60]}")
         return value
 
 

@@ -77,6 +77,7 @@ FIELDS: list[tuple[dict[str, Any], type[LorayardError], str]] = [
     ({"hidden_size": ...}, ModelError, "has no hidden_size"),
     ({"vocab_size": "many"}, ModelError, "vocab_size must be a whole number"),
     ({"num_hidden_layers": True}, ModelError, "num_hidden_layers must be a whole number"),
+    ({"num_hidden_layers": 1 << 29}, ModelError, "num_hidden_layers must be between 1 and 4096"),
     ({"num_attention_heads": 0}, ModelError, "num_attention_heads must be between"),
     ({"intermediate_size": 10**30}, ModelError, "intermediate_size must be between"),
     ({"num_key_value_heads": 3}, ModelError, "must be a multiple of num_key_value_heads"),

@@ -108,7 +108,7 @@ def check(tensors: Tensors, shape: Shape, form: GptqFormat) -> None:
         return
     _refuse_other_packing(tensors, shape)
     tensors.require(f"{name}.qweight", (inputs // 8, outputs), ("I32",))
-    groups = _groups(tensors, shape, form)
+    groups = 1 if form.group_size == -1 else -(-inputs // form.group_size)
     tensors.require(f"{name}.scales", (groups, outputs), FLOATS)
     tensors.require(f"{name}.qzeros", (groups, outputs // 8), ("I32",))
     if form.act_order or f"{name}.g_idx" in tensors:
@@ -119,14 +119,6 @@ def parts(tensors: Tensors, shape: Shape) -> set[str]:
     """The tensors that belong to the linear, by their last name."""
     weights = {"qweight", "qzeros", "scales", "g_idx"} if f"{shape.name}.qweight" in tensors else {"weight"}
     return weights | ({"bias"} if shape.bias else set())
-
-
-def _groups(tensors: Tensors, shape: Shape, form: GptqFormat) -> int:
-    if form.group_size == -1:
-        return 1
-    if form.group_size < 1:
-        raise tensors.error(f"group_size must be positive or -1, not {form.group_size}")
-    return -(-shape.in_features // form.group_size)
 
 
 def _refuse_other_packing(tensors: Tensors, shape: Shape) -> None:

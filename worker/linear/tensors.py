@@ -29,7 +29,7 @@ class Tensors:
     """All tensors of some safetensors files by name. Errors are `error`s that name the file and the tensor."""
 
     def __init__(self, paths: Sequence[Path], error: type[FileError]) -> None:
-        self.error = error
+        self.error, self.folder = error, paths[0].parent
         self.entries: dict[str, Entry] = {}
         for path in paths:
             for name, entry in _header(path, error).items():
@@ -52,7 +52,7 @@ class Tensors:
         """Check that the tensor is there with this shape and one of these dtypes."""
         entry = self.entries.get(name)
         if entry is None:
-            raise self.error(f"tensor {name} is missing from the safetensors files")
+            raise self.error(f"{self.folder}: tensor {name} is missing from the safetensors files")
         if entry.dtype not in dtypes:
             raise NotSupported(f"{entry.path}: {name} is {entry.dtype}; this version reads {', '.join(dtypes)} there")
         if entry.shape != shape:

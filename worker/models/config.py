@@ -10,6 +10,7 @@ from lorayard.shared.errors import ModelError, NotSupported, UsageError
 
 from ..files import JsonFile
 
+MAX_LAYERS = 4096
 OVERRIDES = ("max_seq_len", "rope_theta", "rope_alpha")
 
 
@@ -72,7 +73,7 @@ class ModelConfig:
             vocab_size=file.size("vocab_size"),
             hidden_size=hidden,
             intermediate_size=file.size("intermediate_size"),
-            num_layers=file.size("num_hidden_layers"),
+            num_layers=file.size("num_hidden_layers", most=MAX_LAYERS),
             num_heads=heads,
             num_kv_heads=file.size("num_key_value_heads", heads),
             head_dim=file.size("head_dim", hidden // heads),
@@ -152,4 +153,6 @@ def _gptq(file: JsonFile) -> Gptq:
             "this version reads GPTQ in the formats gptq and gptq_v2"
         )
     group_size = file.get("group_size", int, -1, section)
+    if group_size < 1 and group_size != -1:
+        raise ModelError(f"{file.path}: group_size must be positive, or -1 for one group, not {group_size}")
     return Gptq(group_size, file.get("desc_act", bool, False, section), 1 if layout == "gptq" else 0)
