@@ -28,10 +28,10 @@ LANES_SHOWN = 20
 
 SUBMIT_EXAMPLES = """\b
 Examples:
-  lorayard submit "What is a list?"
-  lorayard submit "What is a list?" --adapter 'shout*0.8+bullets*0.2' --temperature 0
-  echo "What is a list?" | lorayard submit - --json | jq -r .text
-  lorayard submit '[{"role": "user", "content": "What is a list?"}]' --chat"""
+  lorayard submit "What does len do?"
+  lorayard submit "What does len do?" --adapter 'shout*0.8+bullets*0.2' --temperature 0
+  echo "What does len do?" | lorayard submit - --json | jq -r .text
+  lorayard submit '[{"role": "user", "content": "What does len do?"}]' --chat"""
 
 
 @click.command(epilog=SUBMIT_EXAMPLES, context_settings=HELP)

@@ -87,8 +87,8 @@ Example, with the model that comes along:
   lorayard up --demo --redis-port 6390
 and in a second terminal:
   export LORAYARD_REDIS_URL=redis://127.0.0.1:6390/0
-  lorayard submit "What is a list?"
-  lorayard submit "What is a list?" --adapter shout
+  lorayard submit "What does len do?"
+  lorayard submit "What does len do?" --adapter shout
 
 Each command has its own: lorayard COMMAND --help."""
 
@@ -101,6 +101,9 @@ def cli() -> None:
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; every fault of the user is one sentence on stderr."""
+    # Said before torch is loaded: its threads, here and in children, must not spin while they wait, or on a busy machine
+    # they starve those that have work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     color = False if os.environ.get("NO_COLOR") else None
     try:
         status = cli.main(argv, "lorayard", standalone_mode=False, color=color)

@@ -99,8 +99,7 @@ def up(
 
             tour(redis, Keys(prefix))
         else:
-            click.echo(yard.screen(_redis_cli(embedded, url), display(url)))
-            _watch(yard, embedded)
+            _watch(yard, embedded, yard.screen(_redis_cli(embedded, url), display(url)))
         click.echo("closing the yard: running jobs finish or go back to their lanes")
 
 
@@ -141,9 +140,10 @@ def _redis_cli(embedded: EmbeddedRedis | None, url: str) -> str:
     )
 
 
-def _watch(yard: Yard, embedded: EmbeddedRedis | None) -> None:
-    """Keep the yard running until Ctrl-C. Raises RedisUnavailable if our own Redis is lost."""
+def _watch(yard: Yard, embedded: EmbeddedRedis | None, screen: str) -> None:
+    """Show the screen and keep the yard running until Ctrl-C. Raises RedisUnavailable if our own Redis is lost."""
     with suppress(KeyboardInterrupt):
+        click.echo(screen)
         while True:
             if embedded and not embedded.alive:
                 raise embedded.failure("it ended while the yard was open")

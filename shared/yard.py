@@ -102,7 +102,7 @@ class Yard:
             ("logs", f"{self._logs}/*.log"),
         ]
         table = "\n".join(f"  {name:<9} {value}" for name, value in rows)
-        job = f"id hello prompt 'What is a list?'{f' adapter {adapters[-1]}' if adapters else ''}"
+        job = f"id hello prompt 'What does len do?'{f' adapter {adapters[-1]}' if adapters else ''}"
         option = f" --adapter {adapters[-1]}" if adapters else ""
         return f"""
 The yard is open. Ctrl-C stops it.
@@ -113,7 +113,7 @@ Send it a job and read the answer, with any Redis client or with ours:
 
   {redis_cli} XADD {self.keys.stream("normal")} '*' {job}
   {redis_cli} XREAD BLOCK 30000 STREAMS {self.keys.out("hello")} 0
-  LORAYARD_REDIS_URL='{url}' lorayard submit 'What is a list?'{option}
+  LORAYARD_REDIS_URL='{url}' lorayard submit 'What does len do?'{option}
 """
 
     def _spawn(self, name: str) -> None:
