@@ -101,8 +101,8 @@ def cli() -> None:
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; every fault of the user is one sentence on stderr."""
-    # Said before torch is loaded: its threads, here and in children, must not spin while they wait, or on a busy machine
-    # they starve those that have work.
+    # Said before torch is loaded: its threads, here and in children, must not spin while they wait, or on a busy
+    # machine they starve those that have work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     color = False if os.environ.get("NO_COLOR") else None
     try:
