@@ -126,11 +126,14 @@ class LoraBank:
         """y [T, N] of the linear `name` for its input x [T, K], with each slot's delta added to its rows in place."""
         for group in groups:
             pairs = [self._slots[slot].stacked.get(name) for slot in group.slots]
-            touched = next((pair for pair in pairs if pair), None)
-            if touched:
-                blank = (torch.zeros_like(touched[0]), torch.zeros_like(touched[1]))
-                a, b = (torch.stack(halves) for halves in zip(*(pair or blank for pair in pairs), strict=True))
-                add_lora(x, y, group.rows, group.scales, a, b)
+            touched = [pair for pair in pairs if pair]
+            if not touched:
+                continue
+            if len(touched) < len(pairs):
+                blank = (torch.zeros_like(touched[0][0]), torch.zeros_like(touched[0][1]))
+                touched = [pair or blank for pair in pairs]
+            a, b = (torch.stack(halves) for halves in zip(*touched, strict=True))
+            add_lora(x, y, group.rows, group.scales, a, b)
         return y
 
     def _touch(self, slot: int) -> None:
