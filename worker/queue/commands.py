@@ -81,14 +81,12 @@ def worker(
     if cpu_workers and devices:
         raise UsageError("--cpu-workers and --devices exclude each other")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    name = host or socket.gethostname()
-    places = [(gpu_name("cpu", name, i), "cpu") for i in range(cpu_workers)] if cpu_workers else _gpus(name, devices)
     specs = [
         WorkerSpec(
             gpu, "", os.path.abspath(model), tuple(map(os.path.abspath, adapters)),
             device if device == "cpu" else (device,), prefix, slots, max_batch, cache_tokens, grace,
         )
-        for gpu, device in places
+        for gpu, device in places(host or socket.gethostname(), cpu_workers, devices)
     ]  # fmt: skip
     if cpu_workers:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // cpu_workers)))
@@ -98,20 +96,22 @@ def worker(
     return supervisor.run()
 
 
-def _gpus(host: str, devices: str | None) -> list[tuple[str, str]]:
-    """(queue name, torch device) of each GPU to use. Raises UsageError."""
+def places(host: str, cpu_workers: int | None, devices: str | None) -> list[tuple[str, str]]:
+    """(queue name, torch device) of each worker. Raises UsageError."""
+    if cpu_workers:
+        return [(gpu_name("cpu", host, i), "cpu") for i in range(cpu_workers)]
     names = devices.split(",") if devices else [f"cuda:{i}" for i in range(_gpu_count())]
     if not names:
         raise UsageError("no GPU is visible here; `--cpu-workers 1` runs the model on the CPU")
-    places = []
+    found = []
     for name in names:
         kind, _, index = name.strip().partition(":")
         if kind != "cuda" or not index.isdecimal():
             raise UsageError(f"--devices must be GPUs such as cuda:0,cuda:1, not {name!r}")
-        places.append((gpu_name("gpu", host, int(index)), f"cuda:{int(index)}"))
-    if len(set(places)) < len(places):
+        found.append((gpu_name("gpu", host, int(index)), f"cuda:{int(index)}"))
+    if len(set(found)) < len(found):
         raise UsageError(f"--devices names a GPU twice: {devices}")
-    return places
+    return found
 
 
 def _gpu_count() -> int:

@@ -18,13 +18,11 @@ from ..lora.folders import scan
 from . import facts
 from .library import AdapterLibrary
 from .prepare import Preparer
-from .spec import WorkerSpec
+from .spec import SUPERSEDED, WorkerSpec
 from .worker import GpuWorker
 
 log = logging.getLogger(__name__)
 
-SUPERSEDED = 75
-"""Exit status when the GPU has been given to another worker (EX_TEMPFAIL of sysexits.h)."""
 SOCKET_TIMEOUT_S = 15.0
 BEAT_TIMEOUT_S = 2.0
 PREDECESSOR_S = 60.0

@@ -10,6 +10,8 @@ MAX_BATCH = 64
 SLOTS = 8
 CACHE_TOKENS = 32768
 GRACE_S = 30.0
+SUPERSEDED = 75
+"""Exit status of a worker whose GPU has been given to another (EX_TEMPFAIL of sysexits.h)."""
 
 
 @dataclass(frozen=True, slots=True)

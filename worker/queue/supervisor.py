@@ -24,7 +24,7 @@ from lorayard.shared.scripts import Scripts
 
 from ..lora.folders import scan
 from .outbox import is_away
-from .spec import WorkerSpec
+from .spec import SUPERSEDED, WorkerSpec
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ POLL_S = 0.05
 SCAN_S = 2.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 HEALTHY_S = 60.0
-"""A child that lived so long starts again with the first pause."""
+"""A child that crashes sooner makes the next pause twice as long."""
 STOP_MARGIN_S = 15.0
 """What a child gets beyond its grace, for the step it is in and for Redis, before it is killed."""
 
@@ -44,7 +44,7 @@ class Child:
     spec: WorkerSpec
     process: subprocess.Popen[bytes] | None = None
     started: float = 0.0
-    pause: float = FIRST_PAUSE_S
+    pause: float = FIRST_PAUSE_S / 2
     start_at: float = 0.0
     dead: list[str] = field(default_factory=list)
 
@@ -91,13 +91,10 @@ class Supervisor:
             child.dead.append(child.spec.worker)
             if status == FileError.exit_status:
                 return status
-            if now - child.started > HEALTHY_S:
-                child.pause = FIRST_PAUSE_S
-            log.warning(
-                "worker %s ended with status %d, another starts in %g s", child.spec.worker, status, child.pause
-            )
+            crashed = status not in (0, SUPERSEDED) and now - child.started < HEALTHY_S
+            child.pause = min(2 * child.pause, LONGEST_PAUSE_S) if crashed else FIRST_PAUSE_S
             child.start_at = now + child.pause
-            child.pause = min(2 * child.pause, LONGEST_PAUSE_S)
+            log.warning("worker %s ended (%d), another starts in %g s", child.spec.worker, status, child.pause)
         self._give_back(child)
         return 0
 
@@ -125,7 +122,10 @@ class Supervisor:
 
     def _publish(self, adapters: AdapterList) -> None:
         while not self._stopping.is_set():
-            adapters.refresh()
+            try:
+                adapters.refresh()
+            except Exception:
+                log.exception("the adapters could not be looked at; the next try is in %g s", SCAN_S)
             self._stopping.wait(SCAN_S)
 
 

@@ -1,0 +1,187 @@
+"""Killing whatever can be killed: every job has one final event, and the text that it has undisturbed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from lorayard.shared.keys import Keys
+from lorayard.shared.scripts import Scripts
+
+IN_FLIGHT = 16
+UNREAD = 200
+WORDS = "list dict set tuple zip map len sum min max any all print open range sorted".split()
+
+
+@pytest.fixture(scope="module")
+def yard(start):
+    return start("--cpu-workers", "2")
+
+
+def batch(yard, name: str) -> list[str]:
+    """Sixteen jobs that differ in prompt, seed and adapters, and are the same for every name."""
+    jobs = []
+    for i, word in enumerate(WORDS):
+        adapter = ("", "shout", "bullets", "json")[i % 4]
+        jobs.append(
+            yard.submit(
+                id=f"{name}-{i}", prompt=f"What does {word} do?", adapter=adapter, seed=i, stream=1, max_tokens=24,
+                min_tokens=24,
+            )
+        )  # fmt: skip
+    return jobs
+
+
+@pytest.fixture(scope="module")
+def undisturbed(yard) -> list[str]:
+    """The texts of the batch when nothing is killed."""
+    texts = [yard.final(job)["text"] for job in batch(yard, "undisturbed")]
+    assert len(set(texts)) > IN_FLIGHT / 2
+    return texts
+
+
+def read(events: list[dict[str, str]]) -> str:
+    """The streamed text for a client that follows the contract."""
+    text, attempt = "", "1"
+    for event in events:
+        if event["ev"] == "restart":
+            text, attempt = "", event["attempt"]
+        elif event["ev"] == "tok" and event["attempt"] == attempt:
+            text += event["text"]
+    return text
+
+
+def check(yard, jobs: list[str], texts: list[str]) -> None:
+    """Every job is done, once, with its text; and its stream says the same."""
+    for job, text in zip(jobs, texts, strict=True):
+        done = yard.final(job)
+        assert done["ev"] == "done" and done["text"] == text, (job, done)
+        assert read(yard.events(job)) == text
+
+
+def running_on(yard, jobs: list[str]) -> dict[str, list[str]]:
+    """GPU -> those of the jobs that run there and have told some of their text."""
+    found: dict[str, list[str]] = {}
+    for job in jobs:
+        said = yard.redis.hmget(f"rq:job:{job}", "status", "gpu")
+        if said[0] == "started" and any(event["ev"] == "tok" for event in yard.events(job)):
+            found.setdefault(said[1], []).append(job)
+    return found
+
+
+def test_a_worker_that_slept_past_its_lease_writes_nothing(yard, undisturbed):
+    yard.until(lambda: len(yard.workers()) == 2)
+    jobs = batch(yard, "asleep")
+    yard.until(lambda: running_on(yard, jobs))
+    victim, held = max(running_on(yard, jobs).items(), key=lambda item: len(item[1]))
+    pid, name = yard.workers()[victim], yard.redis.hget(f"yard:gpu:{victim}", "worker")
+    os.kill(pid, signal.SIGSTOP)
+    scripts = Scripts(yard.redis, Keys())
+    yard.until(lambda: scripts.reclaim(victim, name, 1000) >= 0)  # a dispatcher does so after a whole lease
+    told = {job: len(yard.events(job)) for job in held}
+    check(yard, jobs, undisturbed)
+    before = {job: yard.events(job) for job in jobs}
+    os.kill(pid, signal.SIGCONT)
+    yard.until(lambda: yard.workers().get(victim) not in (None, pid))
+    assert {job: yard.events(job) for job in jobs} == before
+    assert all(len(before[job]) > told[job] for job in held)
+
+
+@pytest.mark.parametrize("moment", range(5))
+def test_a_killed_worker_loses_nothing(yard, undisturbed, moment):
+    yard.until(lambda: len(yard.workers()) == 2)
+    chance = random.Random(moment)
+    jobs = batch(yard, f"kill{moment}")
+    yard.until(lambda: running_on(yard, jobs))
+    time.sleep(chance.uniform(0, 0.5))
+    running = running_on(yard, jobs)
+    victim = max(running, key=lambda gpu: len(running[gpu]))
+    seconds, micros = yard.redis.time()
+    os.kill(yard.workers()[victim], signal.SIGKILL)
+    check(yard, jobs, undisturbed)
+    events = [event for job in running[victim] for event in yard.redis.xrange(f"yard:out:{job}")]
+    restarts = [int(entry.partition("-")[0]) for entry, fields in events if fields["ev"] == "restart"]
+    assert restarts
+    assert max(restarts) - (seconds * 1000 + micros // 1000) < 8000, "only the end of the lease gave them back"
+
+
+def test_the_jobs_of_a_dead_child_are_back_within_a_second(yard):
+    yard.until(lambda: len(yard.workers()) == 2)
+    jobs = [yard.submit(prompt="What is a list?", min_tokens=1500, max_tokens=1500, stream=1) for _ in range(IN_FLIGHT)]
+    yard.until(lambda: sum(map(len, running_on(yard, jobs).values())) == IN_FLIGHT)
+    victim, held = max(running_on(yard, jobs).items(), key=lambda item: len(item[1]))
+    os.kill(yard.workers()[victim], signal.SIGKILL)
+    before = time.monotonic()
+    yard.until(lambda: all(yard.redis.hget(f"rq:job:{job}", "deaths") == "1" for job in held), 5)
+    took = time.monotonic() - before
+    for job in jobs:
+        yard.cancel(job)
+    assert {yard.final(job)["ev"] for job in jobs} == {"cancelled"}
+    assert took < 1
+
+
+def test_a_killed_dispatcher_loses_nothing(yard):
+    check_unread(yard, "unread", lambda: None)
+
+
+def test_dispatcher_and_worker_killed_together(yard, undisturbed):
+    yard.until(lambda: len(yard.workers()) == 2)
+    jobs = batch(yard, "both")
+    yard.until(lambda: running_on(yard, jobs))
+    check_unread(yard, "both", lambda: os.kill(yard.workers()[max(running_on(yard, jobs))], signal.SIGKILL))
+    check(yard, jobs, undisturbed)
+
+
+def check_unread(yard, name: str, also) -> None:
+    """Kill the dispatcher when it has read some of 200 entries and left the rest unread."""
+    [dispatcher] = yard.children("dispatcher")
+    pipe = yard.redis.pipeline(transaction=False)
+    for i in range(UNREAD):
+        pipe.xadd("yard:in", {"id": f"{name}-u{i}", "prompt": WORDS[i % 16], "max_tokens": 1, "temperature": 0})
+    os.kill(dispatcher, signal.SIGSTOP)
+    pipe.execute()
+    os.kill(dispatcher, signal.SIGCONT)
+    os.kill(dispatcher, signal.SIGKILL)
+    also()
+    yard.until(lambda: yard.children("dispatcher") not in ([], [dispatcher]))
+    finals = [yard.final(f"{name}-u{i}") for i in range(UNREAD)]
+    assert {final["ev"] for final in finals} == {"done"}
+    for i, final in enumerate(finals):
+        assert final["text"] == finals[i % 16]["text"]
+    assert yard.redis.xlen("yard:in") == 0
+
+
+def test_sigterm_lets_jobs_finish_and_hands_over_what_waits(yard, undisturbed):
+    yard.until(lambda: len(yard.workers()) == 2)
+    jobs = batch(yard, "term")
+    yard.until(lambda: running_on(yard, jobs))
+    gpu, pid = next((gpu, yard.workers()[gpu]) for gpu in running_on(yard, jobs))
+    os.kill(pid, signal.SIGTERM)
+    check(yard, jobs, undisturbed)
+    assert {event["attempt"] for job in jobs for event in yard.events(job) if event["ev"] == "done"} == {"1"}
+    yard.until(lambda: yard.workers().get(gpu) not in (None, pid))
+
+
+def test_a_killed_supervisor_leaves_no_worker_behind(yard, undisturbed):
+    yard.until(lambda: len(yard.workers()) == 2)
+    [supervisor] = yard.children("worker")
+    workers = set(yard.workers().values())
+    jobs = batch(yard, "orphans")
+    yard.until(lambda: running_on(yard, jobs))
+    os.kill(supervisor, signal.SIGKILL)
+    check(yard, jobs, undisturbed)
+    yard.until(lambda: len(yard.workers()) == 2 and not workers & set(yard.workers().values()), 60)
+
+
+def test_nothing_is_left_over(yard):
+    assert yard.redis.hgetall("yard:depth") == {"normal": "0"}
+    assert yard.redis.zrange("yard:lanes", 0, -1) == []
+    for gpu in yard.workers():
+        assert yard.redis.hgetall(f"yard:load:{gpu}") == {}
+        assert not yard.redis.exists(f"rq:wip:{gpu}", f"rq:queue:{gpu}")
+    assert yard.redis.xlen("yard:dead") == 0
+    assert yard.close() == 0

@@ -1,0 +1,100 @@
+"""The command, what it starts, and what it publishes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from lorayard.demo import ADAPTERS, BASE
+from lorayard.shared import cli
+from lorayard.shared.errors import ModelError, UsageError
+from lorayard.shared.keys import Keys
+from lorayard.shared.scripts import Scripts
+from lorayard.worker.queue import facts
+from lorayard.worker.queue.commands import places
+from lorayard.worker.queue.spec import WorkerSpec, gpu_name
+from lorayard.worker.queue.supervisor import AdapterList
+
+
+def test_a_spec_survives_the_command_line():
+    for devices in ("cpu", ("cuda:0", "cuda:1")):
+        spec = WorkerSpec("gpu-a-0", "gpu-a-0.abc", "/model", ("/a b", "/c"), devices, slots=3)
+        assert WorkerSpec.load(spec.dump()) == spec
+
+
+def test_names_of_queues():
+    assert gpu_name("gpu", "node-7.example.org", 3) == "gpu-node-7-example-org-3"
+    assert places("h", 2, None) == [("cpu-h-0", "cpu"), ("cpu-h-1", "cpu")]
+    assert places("h", None, "cuda:1, cuda:0") == [("gpu-h-1", "cuda:1"), ("gpu-h-0", "cuda:0")]
+
+
+@pytest.mark.parametrize("devices", ["gpu0", "cuda", "cuda:x", "cuda:0,cuda:0", "cpu"])
+def test_devices_that_are_none(devices):
+    with pytest.raises(UsageError, match="--devices"):
+        places("h", None, devices)
+
+
+def test_workers_of_both_kinds_at_once_are_refused(capsys):
+    assert cli.run(["worker", str(BASE), "--cpu-workers", "1", "--devices", "cuda:0"]) == 2
+    assert "exclude" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_loaded_ends_it_with_one_sentence(tmp_path, redis_server, redis):
+    argv = ["worker", str(tmp_path), "--cpu-workers", "1", "--redis", redis_server.url, "--host", "t"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "lorayard.shared.cli", *argv], capture_output=True, text=True, timeout=60,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert ended.returncode == 4
+    assert ended.stderr.splitlines()[-1].startswith("lorayard: ") and str(tmp_path) in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not redis.exists("yard:gpu:cpu-t-0", "rq:workers")
+
+
+def test_adapters_are_published_as_they_come_change_and_go(redis, tmp_path, caplog):
+    redis.hset("yard:adapters", "leftover", "{}")
+    adapters = AdapterList(Scripts(redis, Keys()), [tmp_path])
+    shutil.copytree(ADAPTERS / "shout", tmp_path / "deep" / "shout")
+    (tmp_path / "bad name").mkdir()
+    (tmp_path / "bad name" / "adapter_config.json").write_text("{}")
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            adapters.refresh()
+    assert len(caplog.records) == 1 and "bad name" in caplog.text
+    [first] = redis.hvals("yard:adapters")
+    assert json.loads(first)["rank"] == 8
+    redis.hset("yard:adapters", "of-another-host", "{}")
+    shutil.copy(ADAPTERS / "json" / "adapter_model.safetensors", tmp_path / "deep" / "shout")
+    adapters.refresh()
+    assert json.loads(redis.hget("yard:adapters", "shout"))["digest"] != json.loads(first)["digest"]
+    shutil.rmtree(tmp_path / "deep")
+    adapters.refresh()
+    assert redis.hkeys("yard:adapters") == [b"of-another-host"]
+
+
+def test_the_digest_of_a_base_sees_every_file(tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(BASE, folder)
+    digests = {facts.base_digest(BASE)}
+    assert facts.base_digest(folder) in digests
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        digests.add(facts.base_digest(folder))
+    assert len(digests) == 4
+
+
+def test_a_yard_has_one_base(redis):
+    scripts = Scripts(redis, Keys())
+    facts.publish(scripts, "gpu-a-0", {"base_digest": "a" * 32, "model": "one"}, 10_000)
+    scripts.register("gpu-a-0", "gpu-a-0.aaaaaa", 10_000, {"slots": 1})
+    with pytest.raises(ModelError, match="gpu-a-0"):
+        facts.publish(scripts, "gpu-b-0", {"base_digest": "b" * 32, "model": "two"}, 10_000)
+    facts.publish(scripts, "gpu-a-0", {"base_digest": "b" * 32, "model": "two"}, 10_000)
+    assert redis.hget("yard:info", "model") == b"two"
