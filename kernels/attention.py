@@ -35,12 +35,11 @@ class Tiles:
         return torch.where(keys > self.positions[: self.active[i], :, None], -torch.inf, 0.0)
 
     def read(self, pool: Tensor, i: int) -> Tensor:
-        """float32 [n, kv_heads, block, D]: block i of the tiles that see it, from a pool [pages, kv_heads, page, D]."""
+        """float32 [n * kv_heads, block, D]: block i of the tiles that see it, from [pages, kv_heads, page, D]."""
         _, heads, page, dim = pool.shape
         n, parts = self.active[i], page // self.block
         heads_of_page = self.pages[:n, i // parts, None] * heads + torch.arange(heads, device=pool.device)
-        blocks = pool.view(-1, self.block, dim).index_select(0, (heads_of_page * parts + i % parts).flatten())
-        return blocks.view(n, heads, self.block, dim).float()
+        return pool.view(-1, self.block, dim).index_select(0, (heads_of_page * parts + i % parts).flatten()).float()
 
 
 def tile(sequence: Tensor, positions: Tensor, page_table: Tensor, page: int, block: int, device: torch.device) -> Tiles:
@@ -86,16 +85,18 @@ def attend(q: Tensor, k_pool: Tensor, v_pool: Tensor, tiles: Tiles) -> Tensor:
     heads, dim = q.shape[1:]
     kv_heads = k_pool.shape[1]
     queries = (q.float() * dim**-0.5).index_select(0, tiles.rows.flatten())
-    queries = queries.view(-1, TILE, kv_heads, heads // kv_heads, dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    top = queries.new_full((*queries.shape[:3], 1), -torch.inf)
+    queries = queries.view(-1, TILE, kv_heads, heads // kv_heads, dim).permute(0, 2, 3, 1, 4)
+    queries = queries.reshape(-1, TILE * heads // kv_heads, dim)
+    top = queries.new_full((*queries.shape[:2], 1), -torch.inf)
     total, out = torch.zeros_like(top), torch.zeros_like(queries)
-    for i, n in enumerate(tiles.active):
-        scores = queries[:n] @ tiles.read(k_pool, i).transpose(-1, -2)
-        scores.view(n, heads, TILE, tiles.block).add_(tiles.hidden(i)[:, None])
+    for i, active in enumerate(tiles.active):
+        n = active * kv_heads
+        scores = torch.bmm(queries[:n], tiles.read(k_pool, i).transpose(1, 2))
+        scores.view(active, heads, TILE, tiles.block).add_(tiles.hidden(i)[:, None])
         peak = torch.maximum(top[:n], scores.amax(-1, keepdim=True))
         weights, kept = scores.sub_(peak).exp_(), (top[:n] - peak).exp_()
         total[:n] = total[:n] * kept + weights.sum(-1, keepdim=True)
-        out[:n] = out[:n] * kept + weights @ tiles.read(v_pool, i)
+        out[:n] = out[:n] * kept + torch.bmm(weights, tiles.read(v_pool, i))
         top[:n] = peak
     out = (out / total).view(-1, heads, TILE, dim).transpose(1, 2)
     return out.reshape(-1, heads, dim).index_select(0, tiles.place).to(q.dtype)

@@ -23,5 +23,6 @@ def add_lora(x: Tensor, y: Tensor, rows: Tensor, scales: Tensor, a: Tensor, b: T
     on the other rows; see kernels.linear.
     """
     chosen = x.index_select(0, rows.flatten()).view(*rows.shape, -1)
-    shrunk = fill(chosen) @ fill(a).transpose(1, 2) * scales
-    y.index_add_(0, rows.flatten(), (fill(shrunk.to(x.dtype)) @ fill(b).transpose(1, 2)).flatten(0, 1))
+    shrunk = torch.bmm(fill(chosen), fill(a).transpose(1, 2)) * scales
+    delta = torch.bmm(fill(shrunk.to(x.dtype)), fill(b).transpose(1, 2))
+    y.index_add_(0, rows.flatten(), delta.flatten(0, 1))

@@ -152,11 +152,12 @@ def read_gptq(tensors: Tensors, shape: Shape, form: GptqFormat) -> GptqTensors:
 
 
 def read(tensors: Tensors, shape: Shape, form: GptqFormat, device: torch.device, dtype: torch.dtype) -> Linear:
-    """The linear on `device`. The CPU dequantises here, once; a GPU at every call."""
+    """The linear on `device`. The CPU dequantises here, once, and keeps W [N, K] turned in memory, which is faster."""
     bias = tensors.read(f"{shape.name}.bias").to(device, dtype) if shape.bias else None
     if f"{shape.name}.qweight" not in tensors:
-        return Linear(shape, tensors.read(f"{shape.name}.weight").to(device, dtype), bias)
+        weight = tensors.read(f"{shape.name}.weight").to(device, dtype)
+        return Linear(shape, weight if weight.is_cuda else weight.T.contiguous().T, bias)
     packed = read_gptq(tensors, shape, form)
     if device.type != "cpu":
         return GptqLinear(shape, packed.to(device), bias)
-    return Linear(shape, packed.dequantise().T.to(dtype).contiguous(), bias)
+    return Linear(shape, packed.dequantise().to(dtype).T, bias)
