@@ -63,7 +63,7 @@ def test_a_claim_whose_answer_was_lost_comes_back(bench, engine):
     bench.submit(job("lost"))
     lease = bench.lease("lost")
     bench.redis.delete("rq:suspended")
-    bench.redis.zincrby(f"rq:wip:{GPU}", -3, f"lost:{lease.execution}")  # as if three leases had passed
+    bench.redis.zincrby(f"rq:wip:{GPU}", -12, f"lost:{lease.execution}")  # as if so many seconds had passed
     bench.until(lambda: bench.scripts.assign("normal:base", GPU, 8))
     assert bench.final("lost")["attempt"] == "2"
     assert bench.redis.hgetall(bench.keys.load(GPU)) == {}
