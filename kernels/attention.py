@@ -61,8 +61,8 @@ def tile(sequence: Tensor, positions: Tensor, page_table: Tensor, page: int, blo
     depth = positions[rows].amax(1) // block + 1
     active = torch.bincount(depth).flip(0).cumsum(0).flip(0)[1:].tolist()
     place = order.argsort()[of_token] * TILE + within % TILE
-    parts = (rows, positions[rows], page_table[sequence[rows[:, 0]]], place)
-    return Tiles(*(part.to(device) for part in parts), block, tuple(active))
+    pages = page_table[sequence[rows[:, 0]]].to(device)
+    return Tiles(rows.to(device), positions[rows].to(device), pages, place.to(device), block, tuple(active))
 
 
 def write(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, pages: Tensor, offsets: Tensor) -> None:
