@@ -220,7 +220,7 @@ class SimulatedYard:
             if gpu not in self.workers:
                 self.workers[gpu] = self._worker(gpu)
         for _ in range(2000):
-            self.turn(max(self.longest_ms, 1001))
+            self.turn(max(self.longest_ms, HOLD_MS))
             if not self.unfinished and not self.redis.xlen(KEYS.stream("normal")):
                 return
         raise AssertionError(f"{self.unfinished} jobs are never answered")
