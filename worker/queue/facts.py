@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,9 +52,10 @@ def publish(scripts: Scripts, gpu: str, fields: Mapping[str, Value], lease_ms: i
     keys = scripts.keys
     present = redis.hget(keys.info, "base_digest")
     if present is not None and present.decode() != fields["base_digest"]:
+        seconds, micros = redis.time()
         for other in (name.decode() for name in redis.smembers(keys.gpus)):
             beat = redis.hget(keys.gpu(other), "beat_ms")
-            if other != gpu and beat is not None and time.time() * 1000 - int(beat) < lease_ms:
+            if other != gpu and beat is not None and seconds * 1000 + micros // 1000 - int(beat) < lease_ms:
                 raise ModelError(
                     f"this yard serves the base {present.decode()[:8]} (worker on {other}), the folder holds "
                     f"{str(fields['base_digest'])[:8]}; stop its workers first, or give this one another --prefix"

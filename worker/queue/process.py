@@ -23,8 +23,8 @@ from .worker import GpuWorker
 
 log = logging.getLogger(__name__)
 
-SOCKET_TIMEOUT_S = 15.0
-BEAT_TIMEOUT_S = 2.0
+SOCKET_TIMEOUT_S = 3.0
+"""How long a Redis that says nothing may hold up the engine, or the heart."""
 PREDECESSOR_S = 60.0
 """How long to wait for a predecessor on the same GPU that still drains, or whose lease has not ended."""
 
@@ -46,7 +46,7 @@ def run(spec: WorkerSpec, redis_url: str) -> None:
     """Take the GPU, load the model while the heart beats, and work until SIGTERM or SIGINT."""
     keys = Keys(spec.prefix)
     scripts = Scripts(connect(redis_url, socket_timeout=SOCKET_TIMEOUT_S), keys)
-    beats = Scripts(connect(redis_url, socket_timeout=BEAT_TIMEOUT_S), keys)
+    beats = Scripts(connect(redis_url, socket_timeout=SOCKET_TIMEOUT_S), keys)
     superseded = functools.partial(os._exit, SUPERSEDED)
     worker = GpuWorker(scripts, beats, spec.gpu, spec.worker, spec.max_batch, superseded)
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -29,7 +29,7 @@ LEASE_MS = 10_000
 """Silence after which a worker counts as dead and its jobs run elsewhere."""
 IDLE_S = 0.5  # longest blocking look at an empty queue, so also what SIGTERM may wait for
 PAUSE_S = 0.02  # between looks when there is nothing to wait for
-AWAY_S = 0.2  # between tries while Redis is away
+AWAY_S = 0.5  # between tries while Redis is away
 LEAVE_S = 5.0  # for giving back what is left when Redis is away
 
 
@@ -52,6 +52,9 @@ class GpuWorker(BaseWorker):
     `superseded` is called in the heartbeat's thread when the GPU has been given to another worker. `beat_scripts` has
     the heartbeat's own connection.
     """
+
+    connection_timeout = 0
+    """RQ would raise the socket's timeout to what its own blocking needs; the engine must not wait so long."""
 
     def __init__(
         self, scripts: Scripts, beat_scripts: Scripts, gpu: str, name: str, seats: int,

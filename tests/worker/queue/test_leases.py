@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 
 import pytest
@@ -131,13 +133,16 @@ def test_what_is_sent_again_arrives_once(bench, engine, monkeypatch, lost_answer
     assert worker.heart.is_alive()
 
 
-def test_jobs_go_on_while_redis_is_away(tmp_path, bench, engine):
+@pytest.mark.parametrize("kill", [False, True])
+def test_jobs_go_on_while_redis_is_away(tmp_path, bench, engine, kill):
     engine.step_s = 0.02
     with EmbeddedRedis(tmp_path) as server:
         other = type(bench)(server.client(), server.url)
         other.worker(engine)
         other.submit(job("away"))
         other.until(lambda: other.events("away"))
+        if kill:
+            os.kill(server.client().info("server")["process_id"], signal.SIGKILL)
     said = max(len(tokens) for tokens in engine.said.values())
     bench.until(lambda: not engine.busy)
     assert said < len(MANY)

@@ -172,3 +172,8 @@ def test_list_reply_is_one_json_object(bench, engine):
     _, answer = bench.redis.blpop("yard:reply:l", 5)
     done = json.loads(answer)
     assert (done["ev"], done["new_tokens"], done["seed"]) == ("done", len(MANY), "7")
+
+
+def test_the_engine_never_waits_long_for_redis(bench, engine):
+    worker = bench.worker(engine)
+    assert worker.connection.connection_pool.connection_kwargs.get("socket_timeout") == 3
