@@ -117,7 +117,6 @@ def _worker_arguments(
         model, adapters = str(BASE), (str(ADAPTERS), *adapters)
         if options["cpu_workers"] is None and options["devices"] is None:
             options["cpu_workers"] = 1
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # so small a model only waits for a second thread
         if show and options["slots"] is None:
             options["slots"] = SHOW_SLOTS
     arguments = [str(model)]

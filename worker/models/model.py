@@ -26,6 +26,8 @@ from .rope import frequencies
 EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"
 IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|(?!model\.|lm_head\.).*")
 """Tensors that are beside the point: old checkpoints' RoPE tables, and what another file format's names hold."""
+SMALL_LINEAR = 1 << 20
+"""Weights of a linear up to which a second CPU thread costs more than it brings."""
 
 
 class Model:
@@ -58,12 +60,17 @@ class Model:
         """Read the checkpoint onto `devices` (see placement.budgets), allocating `cache` beside the layers.
 
         Everything is checked by the files' headers before memory is spent. progress(done, total) is called after each
-        of the total parts. Raises ModelError, NotSupported or UsageError; a model that failed to load holds nothing.
+        of the total parts. A model of small linears on the CPU sets torch to one thread: its products are so short that
+        threads would only wait for each other, on a busy machine for many times as long as they compute.
+
+        Raises ModelError, NotSupported or UsageError; a model that failed to load holds nothing.
         """
         self.unload()
         limits = budgets(devices)
         tensors = checkpoint(self.config)
         placed = place(self._sizes(tensors, cache), limits)
+        if placed[0].type == "cpu" and self.config.hidden_size * self.config.intermediate_size <= SMALL_LINEAR:
+            torch.set_num_threads(1)
         try:
             self._read(tensors, placed, cache, progress or (lambda done, total: None))
         except BaseException:
