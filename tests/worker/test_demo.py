@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from lorayard.demo import ADAPTERS, BASE, PROMPTS
 from lorayard.demo.corpus import conversations, held_out
@@ -21,11 +22,15 @@ def test_no_question_is_from_training() -> None:
     assert not [question for question in QUESTIONS if question.casefold().strip(" .!?") in learnt]
 
 
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+
+
 @pytest.mark.slow
-def test_effects_in_one_mixed_batch() -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
+def test_effects_in_one_mixed_batch(device: str) -> None:
     model = Model(ModelConfig.from_directory(BASE))
     cache = Cache(model, max_tokens=64 * 256)
-    model.load(cache, "cpu")
+    model.load(cache, device)
     tokenizer = Tokenizer.from_directory(BASE)
     generator = Generator(model, cache, tokenizer, max_batch=64, slots=len(CHECKS))
     adapters: dict[str, list[Lora]] = {name: [Lora.from_directory(model, ADAPTERS / name)] for name in CHECKS}
