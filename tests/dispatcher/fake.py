@@ -37,6 +37,7 @@ class FakeWorker:
         self.scripts, self.gpu, self.slots, self.seats = scripts, gpu, slots, seats
         self.name = f"{gpu}.{secrets.token_hex(3)}"
         self.running: dict[str, Lease] = {}
+        self.renewed_ms = scripts.now_ms
         self._calls = 0
 
     def register(self) -> bool:
@@ -62,6 +63,7 @@ class FakeWorker:
         return int(self.scripts.settle(self.gpu, self.name, job_id, lease.execution, "finished", event))
 
     def renew(self) -> list[str]:
+        self.renewed_ms = self.scripts.now_ms
         composites = [f"{lease.id}:{lease.execution}" for lease in self.running.values()]
         return self.scripts.renew(self.gpu, self.name, LEASE_MS, 60, composites)
 

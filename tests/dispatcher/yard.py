@@ -15,7 +15,7 @@ from lorayard.dispatcher.placer import Placer
 from lorayard.shared.keys import CLASSES
 from lorayard.shared.scripts import Scripts, Superseded
 
-from .fake import KEYS, FakeWorker, combination, publish
+from .fake import KEYS, LEASE_MS, FakeWorker, combination, publish
 
 AUDIT = (Path(__file__).parent / "audit.lua").read_text()
 HOLD_MS = 5000
@@ -44,7 +44,7 @@ class SimulatedYard:
         self.workers = {name: self._worker(name) for name in (f"gpu-h-{at}" for at in range(gpus))}
         self.audit = redis.register_script(AUDIT)
         self.homeless: dict[str, tuple[int, int]] = {}
-        self.unfinished = 0
+        self.unfinished = self.longest_homeless_ms = 0
         self.widest_gap_ms = 0
 
     @property
@@ -58,9 +58,10 @@ class SimulatedYard:
 
     # What clients do.
 
-    def submit(self) -> None:
+    def submit(self, adapter: str | None = None) -> None:
         job_id = f"j{len(self.ids)}"
-        fields: dict[str, Any] = {"id": job_id, "prompt": "p", "adapter": self.random.choice(SETS)}
+        adapter = self.random.choice(SETS) if adapter is None else adapter
+        fields: dict[str, Any] = {"id": job_id, "prompt": "p", "adapter": adapter}
         if self.random.random() < 0.15:
             fields["deadline_ms"] = self.now_ms + self.random.randrange(1, 4 * HOLD_MS)
         cls = self.random.choice(CLASSES)
@@ -124,6 +125,30 @@ class SimulatedYard:
             for job_id in list(worker.running):
                 assert worker.emit(job_id, "ghost") == 0 and worker.done(job_id) == 0
 
+    # What another placer does, whose view is old, or who has no idea.
+
+    def meddle(self) -> None:
+        for _ in range(4):
+            gpu, slot = self.random.choice([*self.workers, "gpu-h-9"]), self.random.randrange(self.slots + 1)
+            name = combination(*self.random.choice(("a", "b", "c", "ab")))
+            move = self.random.choice(("open", "close", "assign"))
+            if move == "assign":
+                self.scripts.assign(f"{self.random.choice(CLASSES)}:{name}", gpu, 3)
+            else:
+                getattr(self.scripts, move)(gpu, slot, name)
+            self.check()
+        self.homeless.clear()
+
+    def press(self, hot: list[str]) -> None:
+        """Keep lanes so full that their slots never drain by themselves, and now and then send one of another set."""
+        waiting = {lane.combination for lane in self.placer.view.lanes if lane.jobs > 2}
+        for adapter in hot:
+            if combination(*sets(adapter)) not in waiting:
+                for _ in range(6):
+                    self.submit(adapter)
+        if self.random.random() < 0.2:
+            self.submit()
+
     # Time.
 
     def turn(self, ms: int) -> None:
@@ -134,7 +159,7 @@ class SimulatedYard:
             waiting = worker.obey()
             for job_id in [one for one in worker.running if self.due[worker.name, one] <= self.now_ms]:
                 assert worker.done(job_id) == 1
-            if ms > 1000 or self.random.random() < 0.2:
+            if self.now_ms - worker.renewed_ms >= LEASE_MS // 4:
                 assert worker.renew() == []
             if waiting:
                 self._claim(worker)
@@ -146,9 +171,6 @@ class SimulatedYard:
     def _claim(self, worker: FakeWorker) -> None:
         for lease in worker.claim():
             self.due[worker.name, lease.id] = self.now_ms + self.random.randint(1, self.longest_ms)
-
-    def sets(self, job_id: str) -> list[str]:
-        return [term.partition("*")[0] for term in self.sent[job_id]["adapter"].split("+") if term]
 
     # What must always hold.
 
@@ -190,7 +212,7 @@ class SimulatedYard:
             assert lane.partition(":")[2] not in [slots[slot] for slot in closing]
         for worker in (one for one in self.workers.values() if one.gpu == gpu):
             for job_id, lease in worker.running.items():
-                name = combination(*self.sets(job_id))
+                name = combination(*sets(self.sent[job_id]["adapter"]))
                 assert lease.slot is None if name == "base" else slots[str(lease.slot)] == name
         counted = {name: int(jobs) for name, jobs in facts["load"].items()}
         assert counted == load, f"{gpu} counts {counted}, has {dict(load)}"
@@ -206,6 +228,7 @@ class SimulatedYard:
         self.homeless = known
         closing = len(self.workers) * max(1, self.slots // 4)
         for name, (since, rank) in known.items():
+            self.longest_homeless_ms = max(self.longest_homeless_ms, self.now_ms - since)
             rounds = math.ceil(rank / closing)
             bound = HOLD_MS + rounds * (HOLD_MS // 2 + 2 * self.longest_ms) + (3 * rounds + 2) * self.widest_gap_ms
             assert self.now_ms - since <= bound, f"{name} is homeless for {self.now_ms - since} ms, bound {bound}"
@@ -224,6 +247,11 @@ class SimulatedYard:
             if not self.unfinished and not self.redis.xlen(KEYS.stream("normal")):
                 return
         raise AssertionError(f"{self.unfinished} jobs are never answered")
+
+
+def sets(adapter: str) -> list[str]:
+    """Adapter ids of an expression."""
+    return [term.partition("*")[0] for term in adapter.split("+") if term]
 
 
 def _without_mark(found: dict[str, Any]) -> dict[str, Any]:

@@ -9,54 +9,10 @@ import pytest
 import redis as redis_py
 from redis.exceptions import OutOfMemoryError
 
-from lorayard.shared.keys import GROUP
-from lorayard.shared.scripts import Scripts, Superseded
+from lorayard.shared.scripts import Superseded
 
 from ..dispatcher.fake import KEYS, LEASE_MS, FakeWorker, combination, dead, events
-
-NOW_MS = 1_800_000_000_000
-A = combination("a")
-
-
-class Client:
-    """Sends jobs straight to ACCEPT."""
-
-    def __init__(self, redis: redis_py.Redis) -> None:
-        self.redis, self.scripts = redis, Scripts(redis, KEYS, NOW_MS)
-        for stream in (KEYS.stream("normal"), KEYS.control):
-            redis.xgroup_create(stream, GROUP, mkstream=True)
-
-    def entry(self, stream: str = KEYS.stream("normal"), **fields: Any) -> str:
-        """Add an entry and read it for the group, as a dispatcher does."""
-        entry = self.redis.xadd(stream, fields or {"prompt": "p"}).decode()
-        self.redis.xreadgroup(GROUP, "d", {stream: ">"})
-        return entry
-
-    def send(
-        self, job_id: str, name: str = A, cls: str = "normal", fp: str = "fp", limit: int = 100, gpu: str = "",
-        **more: Any,
-    ) -> str:  # fmt: skip
-        fields = {"keep": 60, "reply": "stream", "batch": "", "req": b"request", "v": 1, **more}
-        stream = KEYS.stream("normal")
-        return str(self.scripts.accept(stream, self.entry(), job_id, f"{cls}:{name}", fp, limit, gpu, fields))
-
-    def cancel(self, job_id: str) -> str:
-        return str(self.scripts.cancel(self.entry(KEYS.control, op="cancel", id=job_id), job_id))
-
-    def status(self, job_id: str) -> str:
-        return (self.redis.hget(f"rq:job:{job_id}", "status") or b"").decode()
-
-    def depth(self, cls: str = "normal") -> int:
-        return int(self.redis.hget(KEYS.depth, cls) or 0)
-
-    def lane(self, name: str = A, cls: str = "normal") -> list[str]:
-        return [one.decode() for one in self.redis.lrange(KEYS.lane(cls, name), 0, -1)]
-
-    def load(self, gpu: str = "gpu-h-0") -> dict[str, int]:
-        return {name.decode(): int(jobs) for name, jobs in self.redis.hgetall(KEYS.load(gpu)).items()}
-
-    def queue(self, gpu: str = "gpu-h-0") -> list[str]:
-        return [one.decode() for one in self.redis.lrange(f"rq:queue:{gpu}", 0, -1)]
+from .direct import NOW_MS, A, Client
 
 
 @pytest.fixture(params=["memory to spare", "memory full"])

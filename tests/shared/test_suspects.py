@@ -6,7 +6,7 @@ import pytest
 import redis as redis_py
 
 from ..dispatcher.fake import FakeWorker, events
-from .test_scripts import Client
+from .direct import Client
 
 SEATS = 128
 
