@@ -13,18 +13,18 @@ from lorayard.kernels.lora import add_lora, tile_rows
 from lorayard.shared.errors import AdapterError, SlotBusy, UsageError
 from lorayard.shared.job import MAX_RANK_SUM
 
+from ..models.adapters import Adapter
 from ..models.batch import LoraRows
 
 if TYPE_CHECKING:
     from ..models.model import Model
-    from .peft import Lora
 
 
 @dataclass(slots=True)
 class _Slot:
     """One combination: A [R, K] and B [N, R] for each linear that it touches, R its rank class."""
 
-    loras: tuple[Lora, ...] = ()
+    loras: tuple[Adapter, ...] = ()
     stacked: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     pins: int = 0
     used: int = 0
@@ -75,12 +75,12 @@ class LoraBank:
         """What each slot holds, as ID@DIGEST8 (see shared.job.combination); None for an empty slot."""
         return [tuple(f"{lora.name}@{lora.digest[:8]}" for lora in slot.loras) or None for slot in self._slots]
 
-    def find(self, loras: tuple[Lora, ...]) -> int | None:
+    def find(self, loras: tuple[Adapter, ...]) -> int | None:
         """The slot that holds exactly this combination."""
         digests = tuple(lora.digest for lora in _ordered(loras))
         return next((i for i, slot in enumerate(self._slots) if slot.digests == digests), None)
 
-    def place(self, loras: tuple[Lora, ...], slot: int | None = None) -> int:
+    def place(self, loras: tuple[Adapter, ...], slot: int | None = None) -> int:
         """Make the combination resident and return its slot.
 
         That is the slot that holds it already, else the given one, else an empty or the longest unused drained one.
@@ -146,7 +146,7 @@ class LoraBank:
             raise SlotBusy(f"all {self.slots} slots are in use")
         return min(free, key=lambda i: (bool(self._slots[i].loras), self._slots[i].used))
 
-    def _fill(self, index: int, loras: tuple[Lora, ...]) -> None:
+    def _fill(self, index: int, loras: tuple[Adapter, ...]) -> None:
         old = self._slots[index]
         if old.pins:
             raise SlotBusy(f"slot {index} is in use by {old.pins} jobs")
@@ -157,19 +157,19 @@ class LoraBank:
         self._slots[index] = _Slot(loras, stacked)
 
 
-def _ordered(loras: tuple[Lora, ...]) -> tuple[Lora, ...]:
+def _ordered(loras: tuple[Adapter, ...]) -> tuple[Adapter, ...]:
     names = {lora.name for lora in loras}
     if not loras or len(names) < len(loras):
         raise AdapterError("a combination is one or more adapters of different names")
     return tuple(sorted(loras, key=lambda lora: lora.name))
 
 
-def _rank_class(loras: tuple[Lora, ...]) -> int:
+def _rank_class(loras: tuple[Adapter, ...]) -> int:
     """STEP, or the next power of two that holds the sum of the adapters' largest ranks."""
     return max(STEP, 1 << (sum(lora.max_rank for lora in loras) - 1).bit_length())
 
 
-def _stack(loras: tuple[Lora, ...], module: str, device: torch.device) -> tuple[Tensor, Tensor]:
+def _stack(loras: tuple[Adapter, ...], module: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """A [R, K] and B [N, R]; zeros where an adapter has a smaller rank at this linear, or none."""
     present = next(lora.tensors[module] for lora in loras if module in lora.tensors)
     total = _rank_class(loras)

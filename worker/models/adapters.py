@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .batch import LoraRows
-
-if TYPE_CHECKING:
-    from .model import Model
 
 
 class Bank(Protocol):
@@ -25,7 +22,16 @@ class Bank(Protocol):
 
 
 class Adapter(Protocol):
-    """An adapter that is not resident; `lora.peft.Lora` is the one there is."""
+    """An adapter in host memory; `lora.peft.Lora` is the one there is, and says what these are."""
 
-    def resident(self, model: Model, pairs: Sequence[tuple[Any, float]], rows: Tensor) -> tuple[Bank, LoraRows]:
-        """A bank that holds just the set `pairs` (this adapter among them), and its use by the tokens `rows`."""
+    @property
+    def name(self) -> str: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def tensors(self) -> dict[str, tuple[Tensor, Tensor]]: ...
+    @property
+    def max_rank(self) -> int: ...
+
+    def resident(self, model: Any, pairs: Sequence[tuple[Any, float]], rows: Tensor) -> tuple[Bank, LoraRows]:
+        """A bank for the model that holds just the set `pairs`, this adapter among them, and its use by `rows`."""
