@@ -19,12 +19,10 @@ from . import facts
 from .library import AdapterLibrary
 from .prepare import Preparer
 from .spec import SUPERSEDED, WorkerSpec
-from .worker import GpuWorker
+from .worker import SOCKET_TIMEOUT_S, GpuWorker
 
 log = logging.getLogger(__name__)
 
-SOCKET_TIMEOUT_S = 3.0
-"""How long a Redis that says nothing may hold up the engine, or the heart."""
 PREDECESSOR_S = 60.0
 """How long to wait for a predecessor on the same GPU that still drains, or whose lease has not ended."""
 

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 LEASE_MS = 10_000
 """Silence after which a worker counts as dead and its jobs run elsewhere."""
+SOCKET_TIMEOUT_S = 3
+"""How long a Redis that says nothing may hold up the engine, or the heart."""
 IDLE_S = 0.5  # longest blocking look at an empty queue, so also what SIGTERM may wait for
 PAUSE_S = 0.02  # between looks when there is nothing to wait for
 AWAY_S = 0.5  # between tries while Redis is away
@@ -53,8 +55,8 @@ class GpuWorker(BaseWorker):
     the heartbeat's own connection.
     """
 
-    connection_timeout = 0
-    """RQ would raise the socket's timeout to what its own blocking needs; the engine must not wait so long."""
+    connection_timeout = SOCKET_TIMEOUT_S
+    """RQ raises the socket's timeout to this; its own choice would let the engine wait far longer."""
 
     def __init__(
         self, scripts: Scripts, beat_scripts: Scripts, gpu: str, name: str, seats: int,

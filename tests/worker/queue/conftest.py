@@ -137,7 +137,7 @@ class Bench:
                prepare: Callable[[Job], Prepared] = prepare, gpu: str = GPU) -> GpuWorker:  # fmt: skip
         """A worker in a thread, in the yard."""
         beats = Scripts(redis_py.Redis.from_url(self.url), self.keys)
-        scripts = Scripts(redis_py.Redis.from_url(self.url, socket_timeout=3), self.keys)
+        scripts = Scripts(redis_py.Redis.from_url(self.url), self.keys)
         worker = GpuWorker(scripts, beats, gpu, name, seats, self.superseded.set, lease_ms)
         assert worker.join_yard(2 * lease_ms / 1000, {"slots": 2, "seats": seats, "window": 2 * seats}) is None
 

@@ -176,4 +176,4 @@ def test_list_reply_is_one_json_object(bench, engine):
 
 def test_the_engine_never_waits_long_for_redis(bench, engine):
     worker = bench.worker(engine)
-    assert worker.connection.connection_pool.connection_kwargs.get("socket_timeout") == 3
+    assert worker.connection.connection_pool.connection_kwargs["socket_timeout"] == 3
