@@ -31,7 +31,8 @@ Examples:
   lorayard submit "What does len do?"
   lorayard submit "What does len do?" --adapter 'shout*0.8+bullets*0.2' --temperature 0
   echo "What does len do?" | lorayard submit - --json | jq -r .text
-  lorayard submit '[{"role": "user", "content": "What does len do?"}]' --chat"""
+  lorayard submit --chat "What does len do?"
+  lorayard submit --messages '[{"role": "user", "content": "What does len do?"}]'"""
 
 
 @click.command(epilog=SUBMIT_EXAMPLES, context_settings=HELP)
@@ -39,7 +40,8 @@ Examples:
 @click.option(
     "--adapter", default="", metavar="SET", help="Adapters with scales, ID*SCALE+ID. Default: the base alone."
 )
-@click.option("--chat", "messages", is_flag=True, help="PROMPT is a JSON list of chat messages.")
+@click.option("--chat", is_flag=True, help="Put PROMPT into the model's chat template.")
+@click.option("--messages", is_flag=True, help="PROMPT is a JSON list of chat messages, for the chat template.")
 @click.option("--max-tokens", type=int, help="Most new tokens.  [default: 256]")
 @click.option("--min-tokens", type=int, help="Fewest new tokens.")
 @click.option("--temperature", type=float, help="0 always takes the likeliest token.  [default: 1]")
@@ -60,16 +62,15 @@ Examples:
 @click.option("--no-stream", is_flag=True, help="Print the text when it is whole.")
 @redis_options
 def submit(
-    prompt: str, messages: bool, stop: tuple[str, ...], timeout: float | None, as_json: bool, no_stream: bool,
-    redis_url: str, prefix: str, **fields: Any,
+    prompt: str, chat: bool, messages: bool, stop: tuple[str, ...], timeout: float | None, as_json: bool,
+    no_stream: bool, redis_url: str, prefix: str, **fields: Any,
 ) -> int:  # fmt: skip
     """Send PROMPT to a running yard and print the answer as it is made; `-` reads it from standard input.
 
     Ctrl-C cancels the job. Exit status 1 if the job failed.
     """
+    body = _body(sys.stdin.read() if prompt == "-" else prompt, chat, messages)
     client = Client(redis_url, prefix)
-    text = sys.stdin.read() if prompt == "-" else prompt
-    body = {"messages": _chat(text)} if messages else {"prompt": text}
     show = not (as_json or no_stream)
     job_id = client.submit(**body, **fields, stop=list(stop) or None, stream=show)
     try:
@@ -86,14 +87,21 @@ def submit(
     return 0
 
 
-def _chat(text: str) -> list[Any]:
+def _body(text: str, chat: bool, messages: bool) -> dict[str, Any]:
+    """The field that holds the prompt. Raises UsageError."""
+    if chat and messages:
+        raise UsageError("--chat makes a message of the prompt, --messages says that it is messages; use one of them")
+    if chat:
+        return {"messages": [{"role": "user", "content": text}]}
+    if not messages:
+        return {"prompt": text}
     try:
-        messages = json.loads(text)
+        said = json.loads(text)
     except ValueError as error:
-        raise UsageError(f"with --chat the prompt must be a JSON list of messages: {error}") from None
-    if not isinstance(messages, list):
-        raise UsageError("with --chat the prompt must be a JSON list of messages")
-    return messages
+        raise UsageError(f"with --messages the prompt must be a JSON list of messages: {error}") from None
+    if not isinstance(said, list):
+        raise UsageError("with --messages the prompt must be a JSON list of messages")
+    return {"messages": said}
 
 
 def _follow(client: Client, job_id: str, timeout: float | None, show: bool) -> Event:

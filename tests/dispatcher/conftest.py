@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +26,8 @@ class LiveYard:
     """What a client sees of it: streams and lists."""
 
     def __init__(self, server: EmbeddedRedis, redis: redis_py.Redis) -> None:
-        self.server, self.redis = server, redis
+        self.server = server
+        self.redis: Any = redis  # its types do not know what a reply holds
         self.ran: list[str] = []
         self._threads: dict[object, tuple[threading.Thread, Callable[[], None]]] = {}
 
@@ -57,7 +59,8 @@ class LiveYard:
                     if job.stream:
                         worker.emit(job.id, "echo ", 0)
                     if job.prompt != HOLD:
-                        worker.done(job.id, f"echo {job.prompt}")
+                        said = [message["content"] for message in job.messages] if job.messages else job.prompt
+                        worker.done(job.id, f"echo {said}")
 
     def _spawn(self, key: object, target: Callable[[], None], stop: Callable[[], None]) -> None:
         thread = threading.Thread(target=target)
@@ -90,6 +93,11 @@ class LiveYard:
         """The one final event of a job."""
         self.until(lambda: any(event["ev"] in ("done", "error", "cancelled") for event in events(self.redis, job_id)))
         return events(self.redis, job_id)[-1]
+
+    def listed(self, job_id: str) -> dict[str, Any]:
+        """The one answer in a job's reply list."""
+        _, answer = self.redis.blpop(f"yard:reply:{job_id}", 20)
+        return dict(json.loads(answer))
 
     def cancel(self, job_id: str) -> None:
         self.redis.xadd("yard:ctl", {"op": "cancel", "id": job_id})

@@ -70,13 +70,22 @@ def test_submit_prints_the_answer(yard: LiveYard) -> None:
     assert json.loads(done.stdout).items() >= {"ev": "done", "id": "mine", "text": "echo hello"}.items()
 
 
+def test_submit_takes_chats(yard: LiveYard) -> None:
+    assert command(yard, "submit", "--chat", "hello").stdout == "echo ['hello']\n"
+    message = {"role": "user", "content": "hello"}
+    two = command(yard, "submit", "--messages", json.dumps([message, message]))
+    assert two.stdout == "echo ['hello', 'hello']\n"
+    both = command(yard, "submit", "--chat", "--messages", "[]")
+    assert both.returncode == 2 and "use one of them" in both.stderr
+
+
 def test_submit_says_why_a_job_failed(yard: LiveYard) -> None:
     failed = command(yard, "submit", "hello", "--adapter", "nobody")
     assert (failed.returncode, failed.stdout) == (1, "")
     assert failed.stderr.startswith("lorayard: no_adapter: ") and "Traceback" not in failed.stderr
     failed = command(yard, "submit", "hello", "--temperature", "-1", "--json")
     assert failed.returncode == 1 and json.loads(failed.stdout)["code"] == "bad_field"
-    failed = command(yard, "submit", "{", "--chat")
+    failed = command(yard, "submit", "{", "--messages")
     assert failed.returncode == 2 and "JSON list" in failed.stderr
 
 
