@@ -23,14 +23,11 @@ log = logging.getLogger(__name__)
 CONSUMER = "dispatcher"
 """All dispatchers share one consumer, so none leaves a name behind; XACK decides who takes an entry."""
 
-ROUND = 256
-"""Most entries of a class taken at once."""
+ROUND = 64
+"""Most entries of a class taken at once; each may have a MiB."""
 
 BATCH_SHARE = ROUND // 10 + 1
 """Entries of class batch taken even while the other classes fill a round: a tenth."""
-
-WAIT_ROUND = 32
-"""Most entries of each stream that end a wait."""
 
 RECLAIM_IDLE_MS = 5000
 """An entry that a dispatcher took and did not finish for this long is taken by another."""
@@ -96,7 +93,7 @@ class Ingress:
 
     def _wait(self, wait_ms: int) -> Batch:
         streams: dict[Any, Any] = dict.fromkeys(self._streams(), ">")
-        answer: Any = self.redis.xreadgroup(GROUP, CONSUMER, streams, count=WAIT_ROUND, block=wait_ms)
+        answer: Any = self.redis.xreadgroup(GROUP, CONSUMER, streams, count=BATCH_SHARE, block=wait_ms)
         return _entries(answer)
 
     def _abandoned(self) -> Batch:
@@ -124,12 +121,13 @@ class Ingress:
                 self._control(entry, fields, pipe)
             else:
                 self._admit(stream, self._judge(Entry(self._classes[stream], entry, fields)), entry, gpu_for, pipe)
-        outcomes: Counter[str] = Counter()
-        for (stream, entry, _), outcome in zip(batch, pipe.execute(raise_on_error=False), strict=True):
-            if isinstance(outcome, RedisError):
-                log.error("entry %s of %s is tried again in a while: %s", entry, stream, outcome)
-            outcomes["failed" if isinstance(outcome, RedisError) else outcome.decode()] += 1
-        return outcomes
+        answers = pipe.execute(raise_on_error=False)
+        failures = [answer for answer in answers if isinstance(answer, RedisError)]
+        if len(failures) == len(answers):
+            raise failures[0]
+        if failures:
+            log.error("%d of %d entries failed: %s", len(failures), len(answers), failures[0])
+        return Counter(answer.decode() for answer in answers if not isinstance(answer, RedisError))
 
     def _judge(self, entry: Entry) -> Judged:
         """The verdict on the yard as it is: an adapter that seems unknown or changed is looked up again first."""

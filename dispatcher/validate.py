@@ -161,7 +161,7 @@ def _messages(value: list[Any]) -> tuple[dict[str, str], ...]:
                 "bad_field", f"messages[{at}] must have a role and a content, both text, and nothing else yet"
             )
         _utf8(f"messages[{at}]", *message.values())
-    return tuple(value)
+    return tuple({"role": message["role"], "content": message["content"]} for message in value)
 
 
 def _tokens(value: list[Any]) -> tuple[int, ...]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import msgpack
@@ -162,7 +161,8 @@ class Job:
     def pack(self) -> bytes:
         """The request as stored in Redis: a msgpack map with the format's version in `v`."""
         body = {f.name: getattr(self, f.name) for f in fields(self)}
-        body |= {"v": WIRE_VERSION, "lora": self.lora.adapters, "sampling": asdict(self.sampling)}
+        sampling = {f.name: getattr(self.sampling, f.name) for f in fields(self.sampling)}
+        body |= {"v": WIRE_VERSION, "lora": self.lora.adapters, "sampling": sampling}
         packed: bytes = msgpack.packb(body)
         return packed
 
@@ -179,7 +179,6 @@ class Job:
 
     def fingerprint(self, drawn_seed: bool) -> str:
         """Digest of the request itself: equal for a re-submission, whatever seed and adapter bytes were bound to it."""
-        body = asdict(self) | {"digests": None}
-        if drawn_seed:
-            body["sampling"]["seed"] = None
-        return hashlib.blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=16).hexdigest()
+        sampling = replace(self.sampling, seed=None) if drawn_seed else self.sampling
+        request = replace(self, digests=(), sampling=sampling)
+        return hashlib.blake2b(request.pack(), digest_size=16).hexdigest()

@@ -103,3 +103,15 @@ def test_kill_9_with_unread_entries_loses_none(empty_yard: LiveYard) -> None:
         assert client.result(job, 30).text == "echo p"
         assert len(events(empty_yard.redis, job)) == 1
     assert empty_yard.redis.xlen("yard:in") == 0
+
+
+def test_one_entry_that_fails_stops_no_other(yard: LiveYard) -> None:
+    """A script fails on the foreign value that somebody has put where a job belongs."""
+    yard.redis.set("rq:job:broken", "a text")
+    for at in range(20):
+        yard.send(id="broken" if at == 10 else f"j{at}")
+    for at in range(20):
+        if at != 10:
+            assert yard.final(f"j{at}")["ev"] == "done"
+    yard.redis.delete("rq:job:broken")
+    assert yard.final(yard.send(id="broken"))["ev"] == "done"

@@ -65,7 +65,7 @@ def test_flat_and_payload_mean_the_same() -> None:
     assert accepted(payload=packed, adapter="c").lora == LoraSet.parse("c"), "flat fields override"
 
 
-BAD = {
+BAD: dict[str, list[dict[str, Any]]] = {
     "bad_id": [
         {"id": "a b"}, {"id": ""}, {"id": "x" * 65}, {"id": "../x"}, {"id": "17-0"}, {"id": "u1-2"}, {"id": "b1-2"},
         {"id": b"\xff"},
@@ -148,6 +148,8 @@ def test_the_fingerprint_survives_a_change_of_the_yard() -> None:
     gone = judged(yard=Published(100, 64, 1000, True, {}), id="j", prompt="p", adapter="a*1", temperature="1")
     assert gone.refusal is not None and gone.fingerprint == before.fingerprint
     assert judged(id="j", prompt="q", adapter="a").fingerprint != before.fingerprint
+    there, back = ('[{"role": "user", "content": "x"}]', '[{"content": "x", "role": "user"}]')
+    assert judged(id="j", messages=there).fingerprint == judged(id="j", messages=back).fingerprint
 
 
 def test_what_the_job_hash_holds_is_what_rq_expects() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 import time
 from collections.abc import Callable
@@ -134,11 +133,10 @@ def test_streams(yard: LiveYard) -> None:
 @proves("answer.list")
 def test_list_reply(yard: LiveYard) -> None:
     job = yard.send(reply="list")
-    _, answer = yard.redis.blpop(f"yard:reply:{job}", 20)
-    said = json.loads(answer)
+    said = yard.listed(job)
     assert (said["ev"], said["text"], said["attempt"]) == ("done", "echo p", 1)
     refused = yard.send(reply="list", stream=1)
-    assert json.loads(yard.redis.blpop(f"yard:reply:{refused}", 20)[1])["code"] == "bad_field"
+    assert yard.listed(refused)["code"] == "bad_field"
 
 
 @proves("answer.batch", "submit.batch")

@@ -19,7 +19,8 @@ class Client:
     """`entry` adds and reads an entry as client and dispatcher do; `send` accepts it as a job."""
 
     def __init__(self, redis: redis_py.Redis) -> None:
-        self.redis, self.scripts = redis, Scripts(redis, KEYS, NOW_MS)
+        self.redis: Any = redis  # its types do not know what a reply holds
+        self.scripts = Scripts(redis, KEYS, NOW_MS)
         for stream in (KEYS.stream("normal"), KEYS.control):
             redis.xgroup_create(stream, GROUP, mkstream=True)
 
