@@ -21,10 +21,10 @@ def run(scripts: Scripts, seed: int) -> SimulatedYard:
     scripts.redis.flushdb()
     draw = random.Random(seed)
     yard = SimulatedYard(
-        scripts, seed, gpus=draw.randint(1, 2), slots=draw.randint(1, 4), seats=draw.randint(1, 4),
+        scripts, seed, gpus=draw.randint(1, 2), slots=draw.randint(1, 4), seats=draw.choice([1, 3, 8]),
         longest_ms=draw.choice([50, 1000, 4000]),
     )  # fmt: skip
-    for _ in range(draw.randint(2, 6)):
+    for _ in range(draw.randint(2, 5)):
         for name in draw.choices(list(OPERATIONS), list(OPERATIONS.values()), k=draw.randint(1, 6)):
             if yard.workers or name not in ("crash", "leave", "meddle"):
                 getattr(yard, name)()

@@ -46,6 +46,7 @@ class SimulatedYard:
         self.homeless: dict[str, tuple[int, int]] = {}
         self.unfinished = self.longest_homeless_ms = 0
         self.widest_gap_ms = 0
+        self.unread = False
 
     @property
     def now_ms(self) -> int:
@@ -67,7 +68,11 @@ class SimulatedYard:
         cls = self.random.choice(CLASSES)
         self.ids.append(job_id)
         self.sent[job_id] = fields | {"cls": cls}
-        self.redis.xadd(KEYS.stream(cls), fields)
+        self.add(KEYS.stream(cls), fields)
+
+    def add(self, stream: str, fields: dict[Any, Any]) -> None:
+        self.redis.xadd(stream, fields)
+        self.unread = True
 
     def repeat(self) -> None:
         if self.ids:
@@ -75,12 +80,12 @@ class SimulatedYard:
             cls = fields.pop("cls")
             if self.random.random() < 0.3:
                 fields["prompt"] = "another"
-            self.redis.xadd(KEYS.stream(cls), fields)
+            self.add(KEYS.stream(cls), fields)
 
     def cancel(self) -> None:
         if self.ids:
             early = f"j{len(self.ids)}"
-            self.redis.xadd(KEYS.control, {"op": "cancel", "id": self.random.choice([*self.ids, early])})
+            self.add(KEYS.control, {"op": "cancel", "id": self.random.choice([*self.ids, early])})
 
     # What happens to workers.
 
@@ -163,7 +168,9 @@ class SimulatedYard:
                 assert worker.renew() == []
             if waiting:
                 self._claim(worker)
-        self.ingress.step(0, self.placer.gpu_for)
+        if self.unread:
+            self.ingress.step(0, self.placer.gpu_for)
+            self.unread = False
         self.placer.tick()
         self.check()
         self.watch_homes()
@@ -244,7 +251,7 @@ class SimulatedYard:
                 self.workers[gpu] = self._worker(gpu)
         for _ in range(2000):
             self.turn(max(self.longest_ms, HOLD_MS))
-            if not self.unfinished and not self.redis.xlen(KEYS.stream("normal")):
+            if not self.unfinished:
                 return
         raise AssertionError(f"{self.unfinished} jobs are never answered")
 
