@@ -31,7 +31,10 @@ LOCK_MS = 2000
 
 
 class _Seen(NamedTuple):
-    """What a look at the yard tells beside the view. deadline_ms: the next one. beats: GPU -> (worker, last beat)."""
+    """What a look at the yard tells beside the view. deadline_ms: the next one.
+
+    beats: GPU -> (worker, last beat), of those that have a worker or, whatever the reason, a queue without one.
+    """
 
     now_ms: int
     deadline_ms: float
@@ -121,7 +124,11 @@ class Placer:
             ],
             now_ms,
         )
-        beats = {gpu: (said[0][b"worker"].decode(), int(said[0][b"beat_ms"])) for gpu, said in facts.items() if said[0]}
+        beats = {
+            gpu: (said.get(b"worker", b"").decode(), int(said.get(b"beat_ms", 0)))
+            for gpu, (said, _, _, queued) in facts.items()
+            if said or queued
+        }
         return _Seen(now_ms, deadlines[0][1] if deadlines else math.inf, beats)
 
     def _see(self, gpus: list[Gpu], lanes: list[Lane], now_ms: int) -> None:
@@ -138,7 +145,7 @@ class Placer:
             if seen.now_ms - beat_ms >= LEASE_MS:
                 back = self.scripts.reclaim(gpu, worker, LEASE_MS)
                 if back >= 0:
-                    log.warning("worker %s was silent for %d ms: %d jobs go back", worker, seen.now_ms - beat_ms, back)
+                    log.warning("%s is silent or gone: %d jobs go back", worker or gpu, back)
 
     def _apply(self, moves: Iterable[Action]) -> None:
         moves = list(moves)

@@ -12,11 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+from rq.job import Job as RqJob
+from rq.serializers import JSONSerializer
 
 from lorayard.dispatcher.client import Client
 from lorayard.shared.embedded import EmbeddedRedis
 
-from .conftest import LiveYard
+from .conftest import HOLD, LiveYard
 from .fake import KEYS, events, publish
 
 
@@ -57,6 +59,29 @@ def test_waits_for_a_redis_that_restarts(tmp_path: Path, caplog: pytest.LogCaptu
     finally:
         yard.close()
         server.close()
+
+
+def test_a_queue_without_a_worker_is_given_back(empty_yard: LiveYard) -> None:
+    empty_yard.serve()
+    worker = empty_yard.work()
+    empty_yard.halt(worker)
+    job = empty_yard.send()
+    empty_yard.until(lambda: empty_yard.status(job) == "queued")
+    empty_yard.redis.delete(KEYS.gpu(worker.gpu))
+    empty_yard.until(lambda: empty_yard.status(job) == "deferred")
+    empty_yard.work()
+    assert empty_yard.final(job)["ev"] == "done"
+
+
+def test_rq_reads_our_jobs(yard: LiveYard) -> None:
+    held, over = yard.send(prompt=HOLD, adapter="a*0.5"), yard.send()
+    yard.running(held)
+    yard.final(over)
+    seen = [RqJob.fetch(job, connection=yard.redis, serializer=JSONSerializer) for job in (held, over)]
+    assert [job.get_status() for job in seen] == ["started", "finished"]
+    assert {job.func_name for job in seen} == {"lorayard.worker.queue.process.generate"}
+    assert seen[0].description == "generate a*0.5" and seen[0].origin == "gpu-h-0" and seen[0].ended_at is None
+    yard.cancel(held)
 
 
 def test_groups_lost_with_the_data_are_made_again(yard: LiveYard) -> None:

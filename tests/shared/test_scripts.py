@@ -296,6 +296,14 @@ def test_reclaim_of_the_silent_needs_silence_and_the_right_name(client: Client, 
     assert client.scripts.reclaim(worker.gpu, worker.name, LEASE_MS) == 0
 
 
+def test_reclaim_of_a_queue_without_a_worker(client: Client, worker: FakeWorker) -> None:
+    client.send("j", gpu=worker.gpu)
+    assert client.scripts.reclaim(worker.gpu, "", LEASE_MS) == -1, "it has one"
+    client.redis.delete(KEYS.gpu(worker.gpu))
+    assert client.scripts.reclaim(worker.gpu, "", LEASE_MS) == 1
+    assert client.lane() == ["j"] and client.load() == {}
+
+
 def test_register_takes_over_from_the_dead(client: Client, worker: FakeWorker) -> None:
     client.send("j", gpu=worker.gpu)
     worker.claim()
