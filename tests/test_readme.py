@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -62,7 +61,7 @@ def python(script: str, cwd: Path) -> str:
 
 
 def opened(command: str, cwd: Path) -> Iterator[str]:
-    """Run `lorayard up ...` until it says that the yard is open; yield its screen; stop it by Ctrl-C."""
+    """Run `lorayard up ...` until it says that the yard is open; yield its screen; stop it."""
     words = ["bash", "-euc", f"exec {command}"]
     with subprocess.Popen(words, cwd=cwd, env=environment(), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
@@ -72,7 +71,7 @@ def opened(command: str, cwd: Path) -> Iterator[str]:
             if OPEN in line:
                 break
         yield "".join(lines)
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         assert process.wait(60) == 0
 
 

@@ -89,10 +89,17 @@ def test_submit_says_why_a_job_failed(yard: LiveYard) -> None:
     assert failed.returncode == 2 and "JSON list" in failed.stderr
 
 
+def interruptible() -> None:
+    """Undo what a shell does to a command in the background: such a test run ignores Ctrl-C, and so would its child."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_cancels_the_job(yard: LiveYard) -> None:
     env = os.environ | {"LORAYARD_REDIS_URL": yard.server.url}
     argv = [sys.executable, "-m", "lorayard.shared.cli", "submit", HOLD, "--id", "held"]
-    with subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible
+    ) as process:
         yard.running("held")
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=20)
