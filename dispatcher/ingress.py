@@ -11,6 +11,7 @@ from typing import Any
 from redis import Redis
 from redis.exceptions import RedisError, ResponseError
 
+from lorayard.shared.connect import is_away
 from lorayard.shared.errors import Refused
 from lorayard.shared.keys import CLASSES, GROUP
 from lorayard.shared.scripts import Scripts
@@ -123,7 +124,7 @@ class Ingress:
                 self._admit(stream, self._judge(Entry(self._classes[stream], entry, fields)), entry, gpu_for, pipe)
         answers = pipe.execute(raise_on_error=False)
         failures = [answer for answer in answers if isinstance(answer, RedisError)]
-        if len(failures) == len(answers):
+        if len(failures) == len(answers) and is_away(failures[0]):
             raise failures[0]
         if failures:
             log.error("%d of %d entries failed: %s", len(failures), len(answers), failures[0])

@@ -10,15 +10,9 @@ import threading
 import time
 
 from redis import Redis
-from redis.exceptions import (
-    BusyLoadingError,
-    ConnectionError,
-    OutOfMemoryError,
-    ReadOnlyError,
-    ResponseError,
-    TimeoutError,
-)
+from redis.exceptions import RedisError
 
+from lorayard.shared.connect import is_away
 from lorayard.shared.keys import Keys
 from lorayard.shared.scripts import Scripts
 
@@ -35,9 +29,6 @@ IDLE_TICK_S = 0.1
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0
 """How long Redis is left alone after an error; doubled each time in a row."""
-
-PASSING = (ConnectionError, TimeoutError, BusyLoadingError, OutOfMemoryError, ReadOnlyError, ResponseError)
-"""Errors of a Redis that restarts, fails over, loads its data, is full or has lost it. They pass."""
 
 DEFAULT_LIMIT = 100_000
 
@@ -69,7 +60,9 @@ class Dispatcher:
                 if pause:
                     log.warning("Redis serves us again")
                 ready, pause = True, 0.0
-            except PASSING as error:
+            except RedisError as error:
+                if not is_away(error):
+                    raise
                 if not pause:
                     log.warning("Redis does not serve us, trying again until it does: %s", error)
                 ready, pause = False, min(max(2 * pause, FIRST_PAUSE_S), LONGEST_PAUSE_S)

@@ -6,11 +6,26 @@ import re
 import time
 from contextlib import suppress
 from typing import Any
+from urllib.parse import unquote
 
 import redis
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, BusyLoadingError, NoPermissionError, RedisError, ResponseError
+from redis.connection import parse_url
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    ConnectionError,
+    MasterDownError,
+    NoPermissionError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TimeoutError,
+)
 from redis.retry import Retry
+from redis.sentinel import Sentinel
 
 from .errors import RedisUnavailable, UsageError
 
@@ -24,8 +39,31 @@ LOADING_TIMEOUT_S = 300.0
 """How long a Redis may take to read its data back before we give up."""
 
 
+SENTINEL_SCHEMES = {"redis+sentinel": "redis", "rediss+sentinel": "rediss"}
+"""Scheme of a URL that names sentinels -> scheme of their Redis."""
+
+SENTINEL_PORT = 26379
+
+_AWAY_CLASSES = (ConnectionError, TimeoutError, ReadOnlyError, OutOfMemoryError, MasterDownError, NoScriptError)
+_AWAY = re.compile(r"(^|: -?)(BUSY|LOADING|MISCONF|NOGROUP|NOREPLICAS|OOM|READONLY|UNBLOCKED)\b")
+"""How the others begin, after what pipelines and the scripts of Redis 6.2 put before. NOGROUP: the data were lost."""
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether Redis is only unable to serve now, so that waiting helps.
+
+    It cannot be reached, loads its data, is a replica (after a fail-over), is full, cannot save, has lost its data, or
+    is held up by somebody's script. redis-py cuts the code off some of these errors and gives them classes.
+    """
+    return isinstance(error, _AWAY_CLASSES) or (isinstance(error, ResponseError) and bool(_AWAY.search(str(error))))
+
+
 def connect(url: str, **options: Any) -> redis.Redis:
-    """Client for `redis://`, `rediss://` or `unix://`, checked: it answers, lets us in, has its data, is new enough.
+    """Client for a Redis URL, checked: the server answers, lets us in, has its data, is new enough.
+
+    `redis://`, `rediss://` (TLS), `unix://`, or `redis+sentinel://USER:PASSWORD@HOST:PORT,HOST:PORT/SERVICE/DB`, where
+    the hosts are sentinels that know where the primary of SERVICE is now; the user and password are for Redis, those
+    for the sentinels are `?sentinel_username=` and `?sentinel_password=`. Other options after `?` are redis-py's.
 
     `options` are redis-py's and override our defaults. A command is never sent twice behind the caller's back: a lost
     connection raises, because a repeated XADD would be a second job.
@@ -40,7 +78,7 @@ def connect(url: str, **options: Any) -> redis.Redis:
         "retry": Retry(NoBackoff(), 0),
     }
     try:
-        client = redis.Redis.from_url(url, **defaults | options)
+        client = _client(url, defaults | options)
         version = _loaded_version(client, shown)
     except (ValueError, TypeError) as error:
         raise UsageError(f"the Redis URL {shown} is malformed: {error}") from None
@@ -59,6 +97,33 @@ def connect(url: str, **options: Any) -> redis.Redis:
     if version < OLDEST:
         raise RedisUnavailable(f"Redis at {shown} is version {_dotted(version)}; {_dotted(OLDEST)} or newer is needed")
     return client
+
+
+def _client(url: str, options: dict[str, Any]) -> redis.Redis:
+    scheme, _, rest = url.partition("://")
+    if scheme not in SENTINEL_SCHEMES:
+        return redis.Redis.from_url(url, **options)
+    place, _, query = rest.partition("?")
+    user, at, place = place.rpartition("@")
+    hosts, _, path = place.partition("/")
+    service, _, db = path.partition("/")
+    if not service:
+        raise ValueError("it must name the service that the sentinels watch, HOST:PORT,HOST:PORT/SERVICE/DB")
+    parsed: dict[str, Any] = dict(parse_url(f"{SENTINEL_SCHEMES[scheme]}://{user}{at}host/{db or 0}?{query}"))
+    tls = parsed.pop("connection_class", None) is not None
+    own = {name.removeprefix("sentinel_"): parsed.pop(name) for name in list(parsed) if name.startswith("sentinel_")}
+    common = options | {name: value for name, value in parsed.items() if name.startswith("ssl_")} | {"ssl": tls}
+    sentinel = Sentinel([_address(host) for host in hosts.split(",")], sentinel_kwargs=common | own)
+    client: redis.Redis = sentinel.master_for(unquote(service), **options | parsed | {"ssl": tls, "host": None})
+    return client
+
+
+def _address(host: str) -> tuple[str, int]:
+    """`"[::1]:26379"` -> ("::1", 26379). Raises ValueError."""
+    match = re.fullmatch(r"(\[[^]]+\]|[^:]+)(?::(\d+))?", host)
+    if match is None:
+        raise ValueError(f"{host!r} is not HOST:PORT of a sentinel")
+    return match[1].strip("[]"), int(match[2] or SENTINEL_PORT)
 
 
 def display(url: str) -> str:

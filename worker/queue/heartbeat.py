@@ -6,9 +6,8 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 
+from lorayard.shared.connect import is_away
 from lorayard.shared.scripts import Lease, Scripts, Superseded, Value
-
-from .outbox import is_away
 
 log = logging.getLogger(__name__)
 

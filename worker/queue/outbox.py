@@ -6,17 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from redis.exceptions import BusyLoadingError, ConnectionError, OutOfMemoryError, ReadOnlyError, ResponseError
-from redis.exceptions import TimeoutError as RedisTimeout
-
 from lorayard.shared.scripts import Lease, Scripts, Superseded, Value
-
-MAY_PASS = (ConnectionError, RedisTimeout, BusyLoadingError, ReadOnlyError, OutOfMemoryError)
-
-
-def is_away(error: Exception) -> bool:
-    """Whether Redis is only unable to serve now: unreachable, loading, a replica, full, or unable to save."""
-    return isinstance(error, MAY_PASS) or (isinstance(error, ResponseError) and str(error).startswith("MISCONF"))
 
 
 class Message(NamedTuple):

@@ -19,11 +19,11 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from lorayard.shared.children import spawn, stop
+from lorayard.shared.connect import is_away
 from lorayard.shared.errors import FileError
 from lorayard.shared.scripts import Scripts
 
 from ..lora.folders import scan
-from .outbox import is_away
 from .spec import SUPERSEDED, WorkerSpec
 
 log = logging.getLogger(__name__)

@@ -12,6 +12,7 @@ from redis.exceptions import RedisError
 from rq.serializers import JSONSerializer
 from rq.worker.base import BaseWorker
 
+from lorayard.shared.connect import is_away
 from lorayard.shared.errors import AdapterError, Refused
 from lorayard.shared.job import Job, SamplingParams
 from lorayard.shared.keys import rq_queue
@@ -19,7 +20,7 @@ from lorayard.shared.scripts import Lease, Scripts, Value
 
 from .heartbeat import RECORD_S, Heartbeat
 from .helper import Helper
-from .outbox import Message, News, Outbox, is_away
+from .outbox import Message, News, Outbox
 from .prepare import Prepared
 from .running import Running
 
