@@ -7,7 +7,7 @@ for _, composite in ipairs(call('ZRANGE', wip_key(gpu), 0, -1)) do
   local id, execution = string.match(composite, '^([^:]+):(.+)$')
   drop_lease(gpu, worker, id, execution)
   local f = call('HMGET', job_key(id), 'status', 'lane')
-  if f[1] == 'started' and survives(id, f[2]) then back[#back + 1] = id end
+  if f[1] == 'started' and f[2] and survives(id, f[2]) then back[#back + 1] = id end
 end
 for _, id in ipairs(take_queue(gpu)) do back[#back + 1] = id end
 put_back(back)

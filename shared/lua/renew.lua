@@ -27,7 +27,7 @@ for _, composite in ipairs(call('ZRANGEBYSCORE', wip_key(gpu), '-inf', score - m
   local id, execution = string.match(composite, '^([^:]+):(.+)$')
   drop_lease(gpu, worker, id, execution)
   local f = call('HMGET', job_key(id), 'status', 'lane')
-  if f[1] == 'started' then
+  if f[1] == 'started' and f[2] then
     unload(gpu, f[2])
     if survives(id, f[2]) then back[#back + 1] = id end
   end
