@@ -1,6 +1,7 @@
 """Where jobs run: the placement policy, pure, from a view of the yard to the moves to make.
 
-A combination of adapters has a home where a slot is open for it. Four rules, in this order:
+A combination of adapters has a home where a slot is open for it. It goes only to GPUs whose hosts hold its adapters: a
+slot whose combination its host has lost is closed at once. Then four rules, in this order:
 
 1. House. A combination with waiting jobs and no home takes back a slot that is closing on it, else a slot that has
    drained and that nobody waits for. Once homeless for T it has priority by its time without a home, and a slot is
@@ -13,8 +14,9 @@ A combination of adapters has a home where a slot is open for it. Four rules, in
 4. The Lua scripts check every move again, so a view that is out of date costs a wasted move and never a wrong one.
 
 Bound: while its GPUs live, a combination has a home after at most T + ceil(R / C) * (T/2 + 2D): R combinations, itself
-among them, have been homeless as long or longer; C slots of the yard may be closing at once; D is the longest time that
-a job runs. With T = 5 s and jobs of at most 2 s on a GPU of 8 slots, the tenth in the row waits at most 38 s.
+among them, have been homeless as long or longer; C slots of the GPUs whose hosts hold it may be closing at once; D is
+the longest time that a job runs. With T = 5 s and jobs of at most 2 s on a GPU of 8 slots, the tenth in the row waits
+at most 38 s.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ class Slot(NamedTuple):
 class Gpu:
     """A live GPU. room: jobs that its queue still takes. seats: jobs it can run at once.
 
-    load: combination -> its jobs on the GPU, queued and running.
+    load: combination -> its jobs on the GPU, queued and running. adapters: the `ID@DIGEST8` that its host holds; if
+    None, it takes any.
     """
 
     name: str
@@ -57,6 +60,15 @@ class Gpu:
     seats: int
     slots: tuple[Slot, ...] = ()
     load: Mapping[str, int] = field(default_factory=dict)
+    adapters: Container[str] | None = None
+
+    def holds(self, combination: str) -> bool:
+        """Whether its host has all adapters of a combination, with those bytes."""
+        return (
+            self.adapters is None
+            or combination == BASE
+            or all(adapter in self.adapters for adapter in combination.split("+"))
+        )
 
 
 class Lane(NamedTuple):
@@ -108,14 +120,20 @@ Action = Assign | Open | Close
 
 
 def homeless(view: YardView) -> set[str]:
-    """Combinations with waiting jobs and no open slot on any GPU."""
-    homes = {slot.combination for gpu in view.gpus for slot in gpu.slots if not slot.closing}
+    """Combinations with waiting jobs and no open slot on any GPU that may serve them."""
+    homes = {
+        slot.combination
+        for gpu in view.gpus
+        for slot in gpu.slots
+        if slot.combination and not slot.closing and gpu.holds(slot.combination)
+    }
     return {lane.combination for lane in view.lanes if lane.combination != BASE} - homes
 
 
 def place(view: YardView, now_ms: int, hold_ms: int = HOLD_MS) -> list[Action]:
     """The moves to make now, in order."""
     plan = _Plan(view, now_ms, hold_ms)
+    plan.evict()
     plan.house()
     plan.feed()
     plan.spread()
@@ -158,6 +176,13 @@ class _Plan:
         for slot in self.slots:
             self.may_close[slot.gpu] -= slot.closing
 
+    def evict(self) -> None:
+        """Close the slots whose combination the host has lost."""
+        gpus = {gpu.name: gpu for gpu in self.view.gpus}
+        for slot in self.slots:
+            if slot.combination and not slot.closing and not gpus[slot.gpu].holds(slot.combination):
+                self._close(slot)
+
     def house(self) -> None:
         """Rule 1."""
         urgency: dict[str, int] = {}
@@ -170,11 +195,16 @@ class _Plan:
             return not overdue, 0 if overdue else urgency[combination], since, combination
 
         for combination in sorted(homeless(self.view), key=order):
-            slot = self._closing_on(combination) or self._vacant(combination, self.room.keys())
+            gpus = self._holding(combination)
+            slot = self._closing_on(combination, gpus) or self._vacant(combination, gpus)
             if slot is not None:
                 self._open(slot, combination)
             elif self._overdue(combination):
-                self._drain_one()
+                self._drain_one(gpus)
+
+    def _holding(self, combination: str) -> set[str]:
+        """Names of the GPUs whose hosts hold a combination."""
+        return {gpu.name for gpu in self.view.gpus if gpu.holds(combination)}
 
     def _since(self, combination: str) -> int:
         return self.view.homeless_since.get(combination, self.now_ms)
@@ -182,8 +212,8 @@ class _Plan:
     def _overdue(self, combination: str) -> bool:
         return self.now_ms - self._since(combination) >= self.hold_ms
 
-    def _closing_on(self, combination: str) -> _Slot | None:
-        own = [slot for slot in self.slots if slot.combination == combination and not slot.taken]
+    def _closing_on(self, combination: str, gpus: Container[str]) -> _Slot | None:
+        own = [slot for slot in self.slots if slot.combination == combination and not slot.taken and slot.gpu in gpus]
         return min(own, key=self._least_loaded, default=None)
 
     def _vacant(self, combination: str, gpus: Container[str]) -> _Slot | None:
@@ -207,23 +237,27 @@ class _Plan:
             slot.load = 0
         slot.combination, slot.closing, slot.since_ms, slot.taken = combination, False, self.now_ms, True
 
-    def _drain_one(self) -> None:
-        """Keep a slot that is closing for the combination whose turn it is, or close one more."""
+    def _drain_one(self, gpus: Container[str]) -> None:
+        """Keep a slot of these GPUs that is closing for the combination whose turn it is, or close one more."""
         for slot in self.slots:
-            if slot.closing and not slot.taken:
+            if slot.closing and not slot.taken and slot.gpu in gpus:
                 slot.taken = True
                 return
         served = [
             slot
             for slot in self.slots
-            if not slot.closing and not slot.taken and slot.load and self.may_close[slot.gpu] > 0
+            if not slot.closing and not slot.taken and slot.load and slot.gpu in gpus and self.may_close[slot.gpu] > 0
             and self.now_ms - slot.since_ms >= self.hold_ms // 2
         ]  # fmt: skip
         if served:
             slot = min(served, key=lambda slot: slot.since_ms)
-            self.moves.append(Close(slot.gpu, slot.index, str(slot.combination)))
-            self.may_close[slot.gpu] -= 1
-            slot.closing = slot.taken = True
+            slot.taken = True
+            self._close(slot)
+
+    def _close(self, slot: _Slot) -> None:
+        self.moves.append(Close(slot.gpu, slot.index, str(slot.combination)))
+        self.may_close[slot.gpu] -= 1
+        slot.closing = True
 
     def feed(self) -> None:
         """Rule 2."""
@@ -276,7 +310,7 @@ class _Plan:
             full = homes[lane.combination] and not any(self.room[slot.gpu] for slot in homes[lane.combination])
             if lane.combination == BASE or not full or not self.waiting[lane.cls, lane.combination]:
                 continue
-            slot = self._vacant(lane.combination, {gpu for gpu, room in self.room.items() if room})
+            slot = self._vacant(lane.combination, {gpu for gpu in self._holding(lane.combination) if self.room[gpu]})
             if slot is not None:
                 self._open(slot, lane.combination)
                 homes[lane.combination].append(slot)

@@ -6,7 +6,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from redis import Redis
 from redis.exceptions import OutOfMemoryError, RedisError
@@ -16,6 +16,7 @@ from lorayard.shared.keys import CLASSES, rq_queue
 from lorayard.shared.scripts import Scripts
 
 from .place import HOLD_MS, LOWER_SHARE, Action, Assign, Gpu, Lane, Open, Slot, YardView, homeless, place
+from .published import Holdings, whole
 
 log = logging.getLogger(__name__)
 
@@ -26,19 +27,36 @@ MOST_LANES = 2048
 """Lanes looked at in one tick: those with the oldest heads."""
 
 MOST_OWED = 32
+FORSAKE_MS = 10_000
+"""How long jobs wait for adapters that no host holds any more, which may be a folder that is just being exchanged."""
+
+MOST_FORSAKEN = 500
+"""Jobs of a lane refused in one tick for that."""
+
 LOCK_MS = 2000
 """How long a placer that died keeps the others from placing."""
+
+
+class _Fact(NamedTuple):
+    """What Redis has of one GPU: what its worker says, its slot table, its load, the length of its queue."""
+
+    said: Mapping[bytes, bytes]
+    table: Mapping[bytes, bytes]
+    load: Mapping[bytes, bytes]
+    queued: int
 
 
 class _Seen(NamedTuple):
     """What a look at the yard tells beside the view. deadline_ms: the next one.
 
     beats: GPU -> (worker, last beat), of those that have a worker or, whatever the reason, a queue without one.
+    all_known: whether every worker's holder has said which adapters it has.
     """
 
     now_ms: int
     deadline_ms: float
     beats: Mapping[str, tuple[str, int]]
+    all_known: bool
 
 
 class Placer:
@@ -48,7 +66,10 @@ class Placer:
         self.redis, self.scripts, self.keys = redis, scripts, scripts.keys
         self.name, self.hold_ms = name, hold_ms
         self.view = YardView((), ())
+        self.holdings = Holdings(redis, scripts.keys)
         self._homeless: dict[str, int] = {}
+        self._missing: dict[str, int] = {}
+        self._malformed: set[str] = set()
         self._owed: dict[str, float] = dict.fromkeys(CLASSES[1:], 0.0)
 
     def tick(self) -> None:
@@ -59,6 +80,7 @@ class Placer:
                 self.scripts.expire()
             self._bury_dead(seen)
             self._apply(place(self.view, seen.now_ms, self.hold_ms))
+            self._forsake(seen)
 
     def gpu_for(self, combination: str) -> str:
         """The least busy GPU that could start a job of the combination at once, "" if none could.
@@ -68,7 +90,7 @@ class Placer:
         fit = [
             gpu
             for gpu in self.view.gpus
-            if gpu.room > 0 and self._busy[gpu.name] < gpu.seats
+            if gpu.room > 0 and self._busy[gpu.name] < gpu.seats and gpu.holds(combination)
             and (combination == BASE or any(s.combination == combination and not s.closing for s in gpu.slots))
         ]  # fmt: skip
         if not fit:
@@ -100,36 +122,55 @@ class Placer:
         pipe.smembers(self.keys.gpus)
         pipe.zrange(self.keys.lanes, 0, MOST_LANES - 1, withscores=True)
         pipe.zrange(self.keys.deadlines, 0, 0, withscores=True)
-        (seconds, micros), names, lanes, deadlines = pipe.execute()
+        pipe.hgetall(self.keys.holders)
+        (seconds, micros), names, lanes, deadlines, holders = pipe.execute()
+        self.holdings.refresh(holders)
         now_ms = self.scripts.now_ms or int(seconds) * 1000 + int(micros) // 1000
-        gpu_names = sorted(name.decode() for name in names)
-        lane_names = [name.decode().partition(":")[::2] for name, _ in lanes]
-        for gpu in gpu_names:
+        facts, lengths = self._facts(
+            sorted(name.decode(errors="replace") for name in names), [name for name, _ in lanes]
+        )
+        gpus = [self._gpu(gpu, fact) for gpu, fact in facts.items() if fact.said.get(b"state") == b"ready"]
+        waiting = [
+            Lane(cls, combination, jobs, int(head))
+            for (name, head), jobs in zip(lanes, lengths, strict=True)
+            for cls, _, combination in [name.decode().partition(":")]
+            if jobs and cls in CLASSES
+        ]
+        self._see([gpu for gpu in gpus if gpu is not None], waiting, now_ms)
+        beats = {
+            gpu: (fact.said.get(b"worker", b"").decode(errors="replace"), whole(fact.said.get(b"beat_ms")))
+            for gpu, fact in facts.items()
+            if fact.said or fact.queued
+        }
+        named = {fact.said.get(b"holder", b"").decode(errors="replace") for fact in facts.values() if fact.said}
+        return _Seen(now_ms, deadlines[0][1] if deadlines else math.inf, beats, all(map(self.holdings.knows, named)))
+
+    def _facts(self, gpus: list[str], lanes: list[bytes]) -> tuple[dict[str, _Fact], list[int]]:
+        """What Redis says of each GPU, and how many jobs each lane has."""
+        pipe = self.redis.pipeline(transaction=False)
+        for gpu in gpus:
             pipe.hgetall(self.keys.gpu(gpu))
             pipe.hgetall(self.keys.slots(gpu))
             pipe.hgetall(self.keys.load(gpu))
             pipe.llen(rq_queue(gpu))
-        for cls, combination in lane_names:
+        for lane in lanes:
+            cls, _, combination = lane.decode().partition(":")
             pipe.llen(self.keys.lane(cls, combination))
         answers = pipe.execute()
-        facts = {gpu: answers[4 * at : 4 * at + 4] for at, gpu in enumerate(gpu_names)}
-        self._see(
-            [_gpu(gpu, *said) for gpu, said in facts.items() if said[0].get(b"state") == b"ready"],
-            [
-                Lane(cls, combination, jobs, int(head))
-                for (cls, combination), jobs, (_, head) in zip(
-                    lane_names, answers[4 * len(gpu_names) :], lanes, strict=True
-                )
-                if jobs and cls in CLASSES
-            ],
-            now_ms,
-        )
-        beats = {
-            gpu: (said.get(b"worker", b"").decode(), int(said.get(b"beat_ms", 0)))
-            for gpu, (said, _, _, queued) in facts.items()
-            if said or queued
-        }
-        return _Seen(now_ms, deadlines[0][1] if deadlines else math.inf, beats)
+        facts = {gpu: _Fact(*answers[4 * at : 4 * at + 4]) for at, gpu in enumerate(gpus)}
+        return facts, answers[4 * len(gpus) :]
+
+    def _gpu(self, name: str, fact: _Fact) -> Gpu | None:
+        """A GPU from its hashes; None, with one word in the log, if they are malformed: it gets no jobs."""
+        try:
+            gpu = _gpu(name, fact, self.holdings.of(fact.said.get(b"holder", b"").decode()))
+        except (ValueError, KeyError) as error:
+            if name not in self._malformed:
+                log.error("%s gets no jobs, since what is said of it is malformed: %r", name, error)
+            self._malformed.add(name)
+            return None
+        self._malformed.discard(name)
+        return gpu
 
     def _see(self, gpus: list[Gpu], lanes: list[Lane], now_ms: int) -> None:
         """Put the view together with what this placer remembers."""
@@ -146,6 +187,17 @@ class Placer:
                 back = self.scripts.reclaim(gpu, worker, LEASE_MS)
                 if back >= 0:
                     log.warning("%s is silent or gone: %d jobs go back", worker or gpu, back)
+
+    def _forsake(self, seen: _Seen) -> None:
+        """Refuse the jobs whose adapters no host holds any more. A host that is down still holds its own."""
+        missing = filter(self.holdings.missing, self._homeless) if seen.all_known else ()
+        self._missing = {name: self._missing.get(name, seen.now_ms) for name in missing}
+        for lane in self.view.lanes:
+            if seen.now_ms - self._missing.get(lane.combination, seen.now_ms) >= FORSAKE_MS:
+                reason = f"{self.holdings.reason(lane.combination)}; submit it again"
+                ended = self.scripts.forsake(f"{lane.cls}:{lane.combination}", MOST_FORSAKEN, reason)
+                if ended > 0:
+                    log.warning("%d jobs are refused: %s", ended, reason)
 
     def _apply(self, moves: Iterable[Action]) -> None:
         moves = list(moves)
@@ -175,16 +227,15 @@ class Placer:
             self._owed[cls] = min(max(due, 0.0), MOST_OWED) if cls in waiting else 0.0
 
 
-def _gpu(
-    name: str, said: Mapping[bytes, Any], table: Mapping[bytes, bytes], load: Mapping[bytes, Any], queued: int
-) -> Gpu:
+def _gpu(name: str, fact: _Fact, adapters: frozenset[str] | None) -> Gpu:
     """A GPU from its hashes. The number of slots is what its worker says; the table has those once used."""
     return Gpu(
         name,
-        int(said.get(b"window", 0)) - queued,
-        int(said.get(b"seats", 1)),
-        tuple(_slot(table, index) for index in range(int(said.get(b"slots", 0)))),
-        {combination.decode(): int(jobs) for combination, jobs in load.items()},
+        int(fact.said.get(b"window", 0)) - fact.queued,
+        int(fact.said.get(b"seats", 1)),
+        tuple(_slot(fact.table, index) for index in range(int(fact.said.get(b"slots", 0)))),
+        {combination.decode(): int(jobs) for combination, jobs in fact.load.items()},
+        adapters,
     )
 
 

@@ -1,4 +1,4 @@
-"""What the workers publish of the yard, as far as a request is checked against it."""
+"""What the workers publish of the yard: what requests are checked against, and who holds which adapters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from redis import Redis
 
-from lorayard.shared.job import ADAPTER_ID
+from lorayard.shared.job import ADAPTER_ID, combination
 from lorayard.shared.keys import Keys
 
 DIGEST = re.compile(r"[0-9a-f]{8,128}")
@@ -63,3 +63,57 @@ def read_adapters(published: Mapping[bytes, bytes]) -> dict[str, Adapter]:
         except (ValueError, KeyError, TypeError):
             continue
     return adapters
+
+
+class Holdings:
+    """What each holder has, read again when its version says that it has changed."""
+
+    def __init__(self, redis: Redis, keys: Keys) -> None:
+        self.redis, self.keys = redis, keys
+        self._versions: dict[str, bytes] = {}
+        self._held: dict[str, frozenset[str]] = {}
+
+    def refresh(self, holders: Mapping[bytes, bytes]) -> None:
+        """Follow the hash of holders."""
+        versions = {name.decode(errors="replace"): said.rpartition(b":")[2] for name, said in holders.items()}
+        changed = [name for name, version in versions.items() if self._versions.get(name) != version]
+        for name in changed:
+            adapters = read_adapters(self.redis.hgetall(self.keys.held(name)))  # type: ignore[arg-type]
+            self._held[name] = frozenset(combination((id,), (one.digest,)) for id, one in adapters.items())
+        for name in self._held.keys() - versions.keys():
+            del self._held[name]
+        self._versions = versions
+
+    def of(self, holder: str) -> frozenset[str] | None:
+        """The `ID@DIGEST8` of a holder, none before it has said so; None for a worker that names no holder."""
+        return self._held.get(holder, frozenset()) if holder else None
+
+    def knows(self, holder: str) -> bool:
+        """Whether a holder has said what it has."""
+        return holder in self._held
+
+    def missing(self, name: str) -> bool:
+        """Whether there are holders, and none has all adapters of a combination."""
+        adapters = set(name.split("+"))
+        return bool(self._held) and not any(adapters <= held for held in self._held.values())
+
+    def reason(self, name: str) -> str:
+        """Why a combination is missing, for the clients of its jobs."""
+        everywhere = frozenset[str]().union(*self._held.values())
+        ids = {one.partition("@")[0] for one in everywhere}
+        for adapter in sorted(set(name.split("+")) - everywhere):
+            id, _, digest = adapter.partition("@")
+            if id in ids:
+                return (
+                    f"the bytes of adapter {id} were replaced after the job was accepted; no host has {digest} any more"
+                )
+            return f"adapter {id} has vanished from every host since the job was accepted"
+        return f"no host has all adapters of {name} any more"
+
+
+def whole(said: bytes | str | None) -> int:
+    """A number that somebody published, 0 if it is none."""
+    try:
+        return int(said or 0)
+    except ValueError:
+        return 0

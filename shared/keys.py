@@ -50,8 +50,17 @@ class Keys:
 
     @property
     def adapters(self) -> str:
-        """Hash: adapter id -> JSON {rank, digest, bytes}."""
+        """Hash: adapter id -> JSON {rank, digest, bytes}, of all that any host holds."""
         return f"{self.prefix}adapters"
+
+    @property
+    def holders(self) -> str:
+        """Hash: holder -> `BEAT_MS:VERSION`. A holder is a supervisor, named after the first of its GPUs."""
+        return f"{self.prefix}holders"
+
+    def held(self, holder: str) -> str:
+        """Hash like `adapters`, of what the workers of one supervisor hold."""
+        return f"{self.prefix}held:{holder}"
 
     def lane(self, cls: str, combination: str) -> str:
         """List of the ids that wait for one combination in one class, oldest first."""

@@ -129,6 +129,14 @@ class Scripts:
         """-> [jobs waiting, `cancel:ID` or `expire:ID` ...] or 0; `obeyed` are stops of earlier answers"""
         return self._run("listen", [], [gpu, worker, *obeyed], pipe)
 
+    def hold(self, holder: str, silent_ms: int, changes: Mapping[str, str], pipe: Pipeline | None = None) -> Any:
+        """-> number of ids that changed. `changes`: id -> JSON {rank, digest, bytes}, or "" if it is gone."""
+        return self._run("hold", [], [holder, silent_ms, *_flat(changes)], pipe)
+
+    def forsake(self, lane: str, most: int, message: str, pipe: Pipeline | None = None) -> Any:
+        """-> number of jobs ended as no_adapter, -1 if a host holds their adapters"""
+        return self._run("forsake", [], [lane, most, message], pipe)
+
     def drain(self, gpu: str, worker: str) -> int:
         """-> number of queued jobs put back, -1 if the GPU has been given to another worker"""
         return int(self._run("drain", [], [gpu, worker]))

@@ -21,8 +21,12 @@ local function gpu_key(gpu) return P .. 'gpu:' .. gpu end
 local function slots_key(gpu) return P .. 'slots:' .. gpu end
 local function load_key(gpu) return P .. 'load:' .. gpu end
 local function stops_key(gpu) return P .. 'stops:' .. gpu end
+local function held_key(holder) return P .. 'held:' .. holder end
 local function class_of(lane) return string.match(lane, '^[^:]*') end
 local function combination_of(lane) return string.match(lane, ':(.*)$') end
+
+-- The digest in what a holder says of an adapter.
+local function digest_of(text) return string.match(text, '"digest": ?"(%x+)"') or '' end
 
 -- RQ's text form of a time: 2026-01-31T23:59:59.123456Z
 local function utc(ms)
@@ -219,7 +223,7 @@ local function reclaim(gpu, worker)
     local id, execution = string.match(composite, '^([^:]+):(.+)$')
     drop_lease(gpu, worker, id, execution)
     local f = call('HMGET', job_key(id), 'status', 'lane')
-    if f[1] == 'started' then died[#died + 1] = {id, f[2]} end
+    if f[1] == 'started' and f[2] then died[#died + 1] = {id, f[2]} end
   end
   for _, job in ipairs(died) do
     if survives(job[1], job[2]) and suspect(job[1], job[2], #died) then back[#back + 1] = job[1] end

@@ -5,7 +5,7 @@ local gpu, worker = ARGV[3], ARGV[4]
 local present = call('HMGET', gpu_key(gpu), 'worker', 'beat_ms')
 local back = 0
 if present[1] and present[1] ~= worker then
-  if now - tonumber(present[2]) < tonumber(ARGV[5]) then return {0, present[1]} end
+  if now - (tonumber(present[2] or 0) or 0) < tonumber(ARGV[5]) then return {0, present[1]} end
   back = reclaim(gpu, present[1])
 elseif not present[1] then
   back = reclaim(gpu, worker)

@@ -37,10 +37,10 @@ class LiveYard:
         self._spawn(dispatcher, dispatcher.serve, dispatcher.stop)
         return dispatcher
 
-    def work(self, slots: int = 2, seats: int = 4) -> FakeWorker:
+    def work(self, slots: int = 2, seats: int = 4, gpu: str = "gpu-h-0", holder: str = "") -> FakeWorker:
         """Publish a model and run a worker that answers `echo PROMPT`."""
         publish(self.redis)
-        worker = FakeWorker(Scripts(self.server.client(), KEYS), slots=slots, seats=seats)
+        worker = FakeWorker(Scripts(self.server.client(), KEYS), gpu, slots, seats, holder)
         assert worker.register()
         stop = threading.Event()
         self._spawn(worker, lambda: self._run(worker, stop), stop.set)

@@ -30,18 +30,30 @@ def publish(redis: redis_py.Redis, **changes: object) -> None:
     redis.hset(KEYS.adapters, mapping=adapters)
 
 
+def hold(scripts: Scripts, holder: str, silent_ms: int = 0, **digests: str) -> int:
+    """Let a holder say what it has; an empty digest takes an adapter away."""
+    changes = {
+        name: json.dumps({"rank": 8, "digest": digest, "bytes": 1000}) if digest else ""
+        for name, digest in digests.items()
+    }
+    return int(scripts.hold(holder, silent_ms, changes))
+
+
 class FakeWorker:
     """One incarnation of a worker on a GPU. `running`: id -> lease of what it has claimed and not settled."""
 
-    def __init__(self, scripts: Scripts, gpu: str = "gpu-h-0", slots: int = 2, seats: int = 4) -> None:
-        self.scripts, self.gpu, self.slots, self.seats = scripts, gpu, slots, seats
+    def __init__(
+        self, scripts: Scripts, gpu: str = "gpu-h-0", slots: int = 2, seats: int = 4, holder: str = ""
+    ) -> None:  # fmt: skip
+        self.scripts, self.gpu, self.slots, self.seats, self.holder = scripts, gpu, slots, seats, holder
         self.name = f"{gpu}.{secrets.token_hex(3)}"
         self.running: dict[str, Lease] = {}
         self.renewed_ms = scripts.now_ms
         self._calls = 0
 
     def register(self) -> bool:
-        fields = {"state": "ready", "slots": self.slots, "seats": self.seats, "window": 2 * self.seats}
+        fields = {"state": "ready", "slots": self.slots, "seats": self.seats, "window": 2 * self.seats,
+                  "holder": self.holder}  # fmt: skip
         return self.scripts.register(self.gpu, self.name, LEASE_MS, fields)[0]
 
     def claim(self) -> list[Lease]:

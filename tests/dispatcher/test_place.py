@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -27,6 +28,11 @@ OLD = NOW - HOLD_MS  # long enough in service, long enough homeless
 
 def gpu(name: str = "g", room: int = 8, seats: int = 4, slots: tuple[Slot, ...] = (), **load: int) -> Gpu:
     return Gpu(name, room, seats, slots, load)
+
+
+def only(adapters: str, of: Gpu) -> Gpu:
+    """The same GPU on a host that holds only these adapters."""
+    return replace(of, adapters=adapters.split())
 
 
 def lane(combination: str, jobs: int = 1, cls: str = "normal", head_ms: int = NOW) -> Lane:
@@ -108,6 +114,31 @@ SCENARIOS: dict[str, tuple[list[Gpu], list[Lane], dict[str, int], list[Action]]]
     "and not after a homeless one": (
         [gpu("g", 0, slots=(X,), x=8), gpu("h", slots=(EMPTY,))], [lane("x", 3, head_ms=0), lane("z")], {},
         [Open("h", 0, "z"), a("z", 1, "h")]),
+    "a combination goes where its adapters are": (
+        [only("y", gpu("g", slots=(EMPTY,))), only("x", gpu("h", slots=(EMPTY,))), only("x y", gpu("i", slots=(Y,)))],
+        [lane("x+y")], {}, [Open("i", 0, "x+y"), a("x+y", 1, "i")]),
+    "and nowhere if no host has all of them": (
+        [only("x", gpu("g", slots=(EMPTY,))), only("y", gpu("h", slots=(EMPTY,)))], [lane("x+y")], {"x+y": OLD}, []),
+    "the base runs everywhere": ([only("", gpu())], [lane("base")], {}, [a("base", 1)]),
+    "a slot is closed only where it helps": (
+        [only("y", gpu("g", slots=(Slot("y", since_ms=0),), y=1)), only("x y", gpu("h", slots=(Y,), y=1))],
+        [lane("x")], {"x": OLD}, [Close("h", 0, "y")]),
+    "a closing slot elsewhere does not count": (
+        [only("y", gpu("g", slots=(CLOSING_X,), x=1)), only("z y", gpu("h", slots=(Y,), y=1))], [lane("z")],
+        {"z": OLD}, [Close("h", 0, "y")]),
+    "an open slot whose host lost the bytes is closed and fed no more": (
+        [only("y", gpu("g", slots=(X, Y), x=1, y=1))], [lane("x", 2), lane("y", 2)], {},
+        [Close("g", 0, "x"), a("y", 2)]),
+    "and taken over when it has drained": (
+        [only("y", gpu("g", slots=(X,)))], [lane("x"), lane("y")], {},
+        [Close("g", 0, "x"), Open("g", 0, "y"), a("y", 1)]),
+    "its jobs move to a host that has them": (
+        [only("y", gpu("g", slots=(X,), x=1)), only("x", gpu("h", slots=(EMPTY,)))], [lane("x", 2)], {},
+        [Close("g", 0, "x"), Open("h", 0, "x"), a("x", 2, "h")]),
+    "it is not taken back before the bytes are": (
+        [only("y", gpu("g", slots=(CLOSING_X,), x=1))], [lane("x")], {"x": OLD}, []),
+    "nor spread to": (
+        [gpu("g", 0, slots=(X,), x=8), only("y", gpu("h", slots=(EMPTY,)))], [lane("x", 3)], {}, []),
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from .fake import DIGESTS, INFO, combination, events
 ROOT = Path(__file__).parent.parent.parent
 HERE = "tests/dispatcher/test_wire.py"
 YARD, GENERATOR = "tests/cluster/test_yard.py", "tests/worker/test_generator_schedule.py"
+HOLDERS = "tests/dispatcher/test_holders.py"
 REFUSALS, SCRIPTS = "tests/dispatcher/test_validate.py::test_refusals", "tests/shared/test_scripts.py"
 
 PROOF: dict[str, list[str]] = {
@@ -41,6 +42,12 @@ PROOF: dict[str, list[str]] = {
     "code.internal": ["tests/worker/queue/test_worker.py::test_a_sequence_that_fails_is_alone"],
     "dead.cut": [f"{SCRIPTS}::test_refused_entries_are_cut"],
     "discover.adapters": [f"{YARD}::test_a_new_folder_is_a_new_adapter_and_replaced_bytes_another"],
+    "discover.union": [f"{HOLDERS}::test_the_bytes_of_most_hosts_count_and_of_the_first_among_equals"],
+    "promise.hosts": [f"{HOLDERS}::test_a_job_runs_where_its_adapters_are"],
+    "promise.lost-bytes": [
+        f"{HOLDERS}::test_jobs_for_lost_bytes_are_refused_after_a_grace",
+        f"{HOLDERS}::test_jobs_for_a_host_that_is_down_wait",
+    ],
     "promise.fence": [f"{SCRIPTS}::test_a_lost_lease_can_neither_emit_nor_settle"],
     "promise.suspects": ["tests/shared/test_suspects.py::test_groups_shrink_and_the_innocent_finish"],
     "promise.no-starvation": ["tests/dispatcher/test_schedules.py::test_random_schedules_keep_every_promise"],

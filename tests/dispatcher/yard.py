@@ -15,7 +15,7 @@ from lorayard.dispatcher.placer import Placer
 from lorayard.shared.keys import CLASSES
 from lorayard.shared.scripts import Scripts, Superseded
 
-from .fake import KEYS, LEASE_MS, FakeWorker, combination, publish
+from .fake import DIGESTS, KEYS, LEASE_MS, FakeWorker, combination, hold, publish
 
 AUDIT = (Path(__file__).parent / "audit.lua").read_text()
 HOLD_MS = 5000
@@ -41,6 +41,7 @@ class SimulatedYard:
         self.sent: dict[str, dict[str, Any]] = {}
         self.due: dict[tuple[str, str], int] = {}
         self.silent: list[FakeWorker] = []
+        self.held: dict[str, set[str]] = {}
         self.workers = {name: self._worker(name) for name in (f"gpu-h-{at}" for at in range(gpus))}
         self.audit = redis.register_script(AUDIT)
         self.homeless: dict[str, tuple[int, int]] = {}
@@ -53,8 +54,11 @@ class SimulatedYard:
         return self.scripts.now_ms
 
     def _worker(self, gpu: str) -> FakeWorker:
-        worker = FakeWorker(self.scripts, gpu, self.slots, self.seats)
+        worker = FakeWorker(self.scripts, gpu, self.slots, self.seats, gpu)
         assert worker.register()
+        if gpu not in self.held:
+            self.held[gpu] = set(DIGESTS)
+            hold(self.scripts, gpu, **DIGESTS)
         return worker
 
     # What clients do.
@@ -111,7 +115,8 @@ class SimulatedYard:
     def join(self) -> None:
         """A worker registers on a GPU whose worker died; refused while the dead one's lease may run."""
         if self.silent:
-            worker = FakeWorker(self.scripts, self.silent[0].gpu, self.slots, self.seats)
+            gpu = self.silent[0].gpu
+            worker = FakeWorker(self.scripts, gpu, self.slots, self.seats, gpu)
             if worker.gpu not in self.workers and worker.register():
                 self.workers[worker.gpu] = worker
                 self.silent.pop(0)
@@ -129,6 +134,13 @@ class SimulatedYard:
                 pass
             for job_id in list(worker.running):
                 assert worker.emit(job_id, "ghost") == 0 and worker.done(job_id) == 0
+
+    def shelve(self) -> None:
+        """A folder vanishes from a host, or comes back."""
+        gpu, name = self.random.choice(list(self.held)), self.random.choice(list(DIGESTS))
+        self.held[gpu] ^= {name}
+        hold(self.scripts, gpu, **{name: DIGESTS[name] if name in self.held[gpu] else ""})
+        self.homeless.clear()
 
     # What another placer does, whose view is old, or who has no idea.
 
@@ -173,6 +185,7 @@ class SimulatedYard:
             self.unread = False
         self.placer.tick()
         self.check()
+        self.check_holders()
         self.watch_homes()
 
     def _claim(self, worker: FakeWorker) -> None:
@@ -224,6 +237,13 @@ class SimulatedYard:
         counted = {name: int(jobs) for name, jobs in facts["load"].items()}
         assert counted == load, f"{gpu} counts {counted}, has {dict(load)}"
 
+    def check_holders(self) -> None:
+        """After the placer, jobs are queued only where their adapters are."""
+        for gpu, held in self.held.items():
+            for job_id in self.redis.lrange(f"rq:queue:{gpu}", 0, -1):
+                missing = {*sets(self.sent[job_id.decode()]["adapter"])} - held
+                assert not missing, f"{job_id} is queued on {gpu}, which has no {missing}"
+
     def watch_homes(self) -> None:
         """The documented bound: homeless for at most T + ceil(R / C) * (T/2 + 2D), the ticks' own time aside."""
         if self.silent or not self.workers:
@@ -233,8 +253,11 @@ class SimulatedYard:
         for name in now - known.keys():
             known[name] = (self.now_ms, len(now))
         self.homeless = known
-        closing = len(self.workers) * max(1, self.slots // 4)
+        serving = {name: sum(gpu.holds(name) for gpu in self.placer.view.gpus) for name in known}
         for name, (since, rank) in known.items():
+            if not serving[name]:
+                continue
+            closing = serving[name] * max(1, self.slots // 4)
             self.longest_homeless_ms = max(self.longest_homeless_ms, self.now_ms - since)
             rounds = math.ceil(rank / closing)
             bound = HOLD_MS + rounds * (HOLD_MS // 2 + 2 * self.longest_ms) + (3 * rounds + 2) * self.widest_gap_ms

@@ -52,7 +52,7 @@ def run(spec: WorkerSpec, redis_url: str) -> None:
     holder = worker.join_yard(
         PREDECESSOR_S,
         {"slots": spec.slots, "seats": spec.max_batch, "window": 2 * spec.max_batch, "pid": os.getpid(),
-         "host": os.uname().nodename},
+         "host": os.uname().nodename, "holder": spec.holder},
     )  # fmt: skip
     if holder is not None:
         raise LorayardError(f"{spec.gpu} is still held by the live worker {holder}; stop it, or choose another --host")

@@ -29,6 +29,8 @@ class WorkerSpec:
     cache_tokens: int = CACHE_TOKENS
     grace_s: float = GRACE_S
     """What running jobs get to finish after SIGTERM."""
+    holder: str = ""
+    """Under which name the supervisor publishes the adapters that this worker can read."""
 
     def dump(self) -> str:
         """As one argument of a command."""

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,10 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.05
 SCAN_S = 2.0
+FORGET_MS = 24 * 3600 * 1000
+"""Another holder that has been silent for so long, all of it while we were there, is forgotten with its adapters."""
+CHANGES = 500
+"""Most changes told in one call."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 HEALTHY_S = 60.0
 """A child that crashes sooner makes the next pause twice as long."""
@@ -54,7 +58,8 @@ class Supervisor:
 
     def __init__(self, scripts: Scripts, redis_url: str, specs: Sequence[WorkerSpec]) -> None:
         self._scripts, self._redis_url = scripts, redis_url
-        self._children = [Child(spec) for spec in specs]
+        self._holder = specs[0].gpu
+        self._children = [Child(replace(spec, holder=self._holder)) for spec in specs]
         self._stopping = threading.Event()
 
     def stop(self) -> None:
@@ -64,7 +69,9 @@ class Supervisor:
     def run(self) -> int:
         """Supervise until stopped; -> exit status. A fault of the user in a child, which has named it, ends all."""
         roots = [Path(root) for root in self._children[0].spec.adapters]
-        publisher = threading.Thread(target=self._publish, args=[AdapterList(self._scripts, roots)], daemon=True)
+        publisher = threading.Thread(
+            target=self._publish, args=[AdapterList(self._scripts, self._holder, roots)], daemon=True
+        )
         publisher.start()
         status = 0
         while not status and not self._stopping.wait(POLL_S):
@@ -130,16 +137,16 @@ class Supervisor:
 
 
 class AdapterList:
-    """Keeps yard:adapters true to the folders below the roots."""
+    """Publishes the folders below the roots as what one holder has."""
 
-    def __init__(self, scripts: Scripts, roots: Sequence[Path]) -> None:
+    def __init__(self, scripts: Scripts, holder: str, roots: Sequence[Path]) -> None:
+        self._scripts, self._holder, self._roots = scripts, holder, roots
         self._redis: Any = scripts.redis
-        self._key, self._roots = scripts.keys.adapters, roots
-        self._published: set[str] | None = None
+        self._since = time.monotonic()
         self._problems: set[str] = set()
 
     def refresh(self) -> None:
-        """Publish new and changed adapters, take away vanished ones, log each problem once."""
+        """Publish new, changed and vanished adapters, log each problem once."""
         found = scan(self._roots)
         for problem in set(found.problems) - self._problems:
             log.warning("an adapter is passed over: %s", problem)
@@ -149,17 +156,16 @@ class AdapterList:
             for name, folder in found.items()
         }
         try:
-            present = {name.decode(): text.decode() for name, text in self._redis.hgetall(self._key).items()}
-            ours = set(present) if self._published is None else self._published  # at first, all are taken for leftovers
-            pipe = self._redis.pipeline()
-            for name in (ours & set(present)) - set(wanted):
-                pipe.hdel(self._key, name)
-            for name, text in wanted.items():
-                if present.get(name) != text:
-                    pipe.hset(self._key, name, text)
-            pipe.execute()
+            self._tell(wanted)
         except RedisError as error:
             if not is_away(error):
                 raise
-        else:
-            self._published = set(wanted)
+
+    def _tell(self, wanted: Mapping[str, str]) -> None:
+        held = self._redis.hgetall(self._scripts.keys.held(self._holder))
+        present = {name.decode(): text.decode() for name, text in held.items()}
+        changes = [(name, text) for name, text in wanted.items() if present.get(name) != text]
+        changes += [(name, "") for name in present.keys() - wanted.keys()]
+        silent_ms = FORGET_MS if (time.monotonic() - self._since) * 1000 >= FORGET_MS else 0
+        for start in range(0, max(len(changes), 1), CHANGES):
+            self._scripts.hold(self._holder, silent_ms, dict(changes[start : start + CHANGES]))

@@ -58,8 +58,8 @@ def test_a_model_that_cannot_be_loaded_ends_it_with_one_sentence(tmp_path, redis
 
 
 def test_adapters_are_published_as_they_come_change_and_go(redis, tmp_path, caplog):
-    redis.hset("yard:adapters", "leftover", "{}")
-    adapters = AdapterList(Scripts(redis, Keys()), [tmp_path])
+    redis.hset("yard:held:gpu-h-0", "leftover", "{}")
+    adapters = AdapterList(Scripts(redis, Keys()), "gpu-h-0", [tmp_path])
     shutil.copytree(ADAPTERS / "shout", tmp_path / "deep" / "shout")
     (tmp_path / "bad name").mkdir()
     (tmp_path / "bad name" / "adapter_config.json").write_text("{}")
@@ -69,13 +69,15 @@ def test_adapters_are_published_as_they_come_change_and_go(redis, tmp_path, capl
     assert len(caplog.records) == 1 and "bad name" in caplog.text
     [first] = redis.hvals("yard:adapters")
     assert json.loads(first)["rank"] == 8
-    redis.hset("yard:adapters", "of-another-host", "{}")
+    other = json.loads(first) | {"digest": "0" * 32}
+    Scripts(redis, Keys()).hold("gpu-i-0", 0, {"of-another-host": json.dumps(other), "shout": json.dumps(other)})
     shutil.copy(ADAPTERS / "json" / "adapter_model.safetensors", tmp_path / "deep" / "shout")
     adapters.refresh()
     assert json.loads(redis.hget("yard:adapters", "shout"))["digest"] != json.loads(first)["digest"]
     shutil.rmtree(tmp_path / "deep")
     adapters.refresh()
-    assert redis.hkeys("yard:adapters") == [b"of-another-host"]
+    assert redis.hgetall("yard:held:gpu-h-0") == {}
+    assert sorted(redis.hkeys("yard:adapters")) == [b"of-another-host", b"shout"]
 
 
 def test_the_digest_of_a_base_sees_every_file(tmp_path):
