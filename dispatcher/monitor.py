@@ -25,7 +25,7 @@ def main() -> None:
             os.environ.setdefault(variable, os.environ["LORAYARD_REDIS_URL"])
     tool, *options = sys.argv[1:] or [""]
     if tool == "info":
-        from rq.cli import main as rq
+        from rq.cli.cli import main as rq
 
         rq(["info", "--serializer", "json", *options])
     elif tool == "dashboard":

@@ -82,7 +82,7 @@ def judge(entry: Entry, yard: Published) -> Judged:
 def record(job: Job) -> dict[str, Value]:
     """Fields of the job's hash: RQ's own, so that its tools read the job, and ours."""
     fields: dict[str, Value] = {
-        "data": STUB, "description": f"generate {job.lora or 'base'}", "timeout": -1, "result_ttl": job.ttl,
+        "data": STUB, "description": f"generate {str(job.lora) or 'base'}", "timeout": -1, "result_ttl": job.ttl,
         "failure_ttl": job.ttl, "retries_left": 1_000_000, "group_id": "", "success_callback_name": "",
         "failure_callback_name": "", "stopped_callback_name": "", "v": WIRE_VERSION, "req": job.pack(),
         "keep": job.ttl, "reply": job.reply, "batch": job.batch or "",

@@ -165,7 +165,8 @@ def test_a_planted_pickle_is_never_loaded(
     bench.redis.xadd("yard:in", {"id": "payload", "payload": bomb})
     bench.redis.xadd("yard:in", {"id": "prompt", "prompt": bomb, "tokens": bomb, "stop": bomb})
     dispatcher.ingress.make_groups()
-    bench.until(lambda: dispatcher.step() or bench.redis.xlen("yard:in") == 0)
+    while bench.redis.xlen("yard:in"):
+        dispatcher.step()
     assert bench.final("payload")["code"] == "bad_payload" and bench.final("prompt")["ev"] == "error"
     _plant_in_rq(bench.redis, planted, bomb)
     page = dashboard(bench.url)
