@@ -31,6 +31,25 @@ class Lease(NamedTuple):
     waited_ms: int
 
 
+class Message(NamedTuple):
+    """An event of a leased job. It begins with `ev`, and for an error goes on with `code`.
+
+    status: "" for new text; finished, failed or canceled for the final event.
+    """
+
+    lease: Lease
+    event: Mapping[str, Value]
+    status: str = ""
+
+
+class News(NamedTuple):
+    """Jobs that wait in the GPU queue, `cancel:ID` and `expire:ID` to obey, (id, execution) of leases found lost."""
+
+    waiting: int
+    stops: list[str]
+    lost: list[tuple[str, str]]
+
+
 class Superseded(Exception):
     """The GPU has been given to another worker: this one must stop without touching anything."""
 
@@ -125,10 +144,6 @@ class Scripts:
             raise Superseded(f"{gpu} has been given to another worker")
         return list(lost)
 
-    def listen(self, gpu: str, worker: str, obeyed: Iterable[str], pipe: Pipeline | None = None) -> Any:
-        """-> [jobs waiting, `cancel:ID` or `expire:ID` ...] or 0; `obeyed` are stops of earlier answers"""
-        return self._run("listen", [], [gpu, worker, *obeyed], pipe)
-
     def hold(self, holder: str, silent_ms: int, changes: Mapping[str, str], pipe: Pipeline | None = None) -> Any:
         """-> number of ids that changed. `changes`: id -> JSON {rank, digest, bytes}, or "" if it is gone."""
         return self._run("hold", [], [holder, silent_ms, *_flat(changes)], pipe)
@@ -141,28 +156,24 @@ class Scripts:
         """-> number of queued jobs put back, -1 if the GPU has been given to another worker"""
         return int(self._run("drain", [], [gpu, worker]))
 
-    def emit(
-        self, gpu: str, job_id: str, execution: str, event: Mapping[str, Value], pipe: Pipeline | None = None
-    ) -> Any:  # fmt: skip
-        """-> 1, or 0 if the lease is lost"""
-        return self._run("emit", [], [gpu, job_id, execution, _packed(event)], pipe)
-
-    def settle(
-        self, gpu: str, worker: str, job_id: str, execution: str, status: str, event: Mapping[str, Value],
-        pipe: Pipeline | None = None,
-    ) -> Any:  # fmt: skip
-        """-> 1, or 0 if the lease is lost. `event` begins with `ev`, and for an error goes on with `code`."""
-        return self._run("settle", [], [gpu, worker, job_id, execution, status, _packed(event)], pipe)
+    def report(
+        self, gpu: str, worker: str, messages: Sequence[Message] = (), obeyed: Iterable[str] = ()
+    ) -> News:  # fmt: skip
+        """Tell what came of running jobs, hear what is new. `obeyed`: stops of earlier news. Raises Superseded."""
+        rows = [
+            (lease.id, lease.execution, status, [part if isinstance(part, str) else str(part) for part in _flat(event)])
+            for lease, event, status in messages
+        ]
+        heard = self._run("report", [], [gpu, worker, msgpack.packb(rows), *obeyed])
+        if heard == 0:
+            raise Superseded(f"{gpu} has been given to another worker")
+        waiting, taken, stops = heard
+        lost = [(m.lease.id, m.lease.execution) for m, ok in zip(messages, taken, strict=True) if not ok]
+        return News(waiting, stops, lost)
 
 
 def _flat(fields: Mapping[str, Value]) -> list[Value]:
     return [part for pair in fields.items() for part in pair]
-
-
-def _packed(event: Mapping[str, Value]) -> bytes:
-    """Names and values as texts in one argument: client and server read it far faster than many arguments."""
-    packed: bytes = msgpack.packb([part if isinstance(part, str) else str(part) for part in _flat(event)])
-    return packed
 
 
 def _text(answer: Any) -> Any:

@@ -45,6 +45,12 @@ local function utc(ms)
     math.floor(s / 60) % 60, s % 60, (rest % 1000) * 1000)
 end
 
+local stamp = nil
+local function utc_now()
+  stamp = stamp or utc(now)
+  return stamp
+end
+
 -- Writes a refused stream entry into yard:dead; to be called before the entry is deleted.
 local function bury(stream, entry, code, message)
   local fields = {'entry', entry, 'code', code, 'error', message}
@@ -67,10 +73,10 @@ end
 -- Writes the one final event where the client asked for it, and turns the job into a tombstone that lives for ttl.
 local function answer(id, status, event)
   local key = job_key(id)
-  local f = call('HMGET', key, 'reply', 'batch', 'keep', 'gpu')
+  local f = call('HMGET', key, 'reply', 'batch', 'keep', 'gpu', 'deadline_ms')
   local ttl = tonumber(f[3])
   call('HDEL', key, 'req')
-  call('ZREM', P .. 'deadlines', id)
+  if f[5] then call('ZREM', P .. 'deadlines', id) end
   if f[1] == 'list' then
     call('RPUSH', P .. 'reply:' .. id, as_json(event))
     call('EXPIRE', P .. 'reply:' .. id, ttl)
@@ -81,7 +87,7 @@ local function answer(id, status, event)
     call('XADD', P .. 'out:' .. id, '*', unpack(event))
     call('EXPIRE', P .. 'out:' .. id, ttl)
   end
-  local at = utc(now)
+  local at = utc_now()
   call('HSET', key, 'status', status, 'ended_at', at, 'last_heartbeat', at)
   if event[2] == 'error' then call('HSET', key, 'code', event[4]) end
   call('EXPIRE', key, ttl)
@@ -128,7 +134,7 @@ end
 
 local function queue_on(gpu, id, lane)
   local key = job_key(id)
-  call('HSET', key, 'status', 'queued', 'origin', gpu, 'gpu', gpu, 'enqueued_at', utc(now))
+  call('HSET', key, 'status', 'queued', 'origin', gpu, 'gpu', gpu, 'enqueued_at', utc_now())
   call('HINCRBY', load_key(gpu), combination_of(lane), 1)
 end
 

@@ -8,7 +8,7 @@ import secrets
 import redis as redis_py
 
 from lorayard.shared.keys import Keys
-from lorayard.shared.scripts import Lease, Scripts
+from lorayard.shared.scripts import Lease, Message, Scripts, Superseded
 
 KEYS = Keys()
 LEASE_MS = 10_000
@@ -67,12 +67,19 @@ class FakeWorker:
     def emit(self, job_id: str, text: str, at: int = 0) -> int:
         lease = self.running[job_id]
         event = {"ev": "tok", "text": text, "sample": 0, "attempt": lease.attempt, "at": at}
-        return int(self.scripts.emit(self.gpu, job_id, lease.execution, event))
+        return self._tell(Message(lease, event))
 
     def done(self, job_id: str, text: str = "text") -> int:
         lease = self.running.pop(job_id)
         event = {"ev": "done", "text": text, "finish": "stop", "gpu": self.gpu, "attempt": lease.attempt}
-        return int(self.scripts.settle(self.gpu, self.name, job_id, lease.execution, "finished", event))
+        return self._tell(Message(lease, event, "finished"))
+
+    def _tell(self, message: Message) -> int:
+        """Whether it was taken."""
+        try:
+            return int(not self.scripts.report(self.gpu, self.name, [message]).lost)
+        except Superseded:
+            return 0
 
     def renew(self) -> list[str]:
         self.renewed_ms = self.scripts.now_ms
@@ -81,22 +88,23 @@ class FakeWorker:
 
     def obey(self) -> int:
         """End the running jobs that must stop; returns the number of jobs that wait on the GPU's queue."""
-        waiting, *orders = self.scripts.listen(self.gpu, self.name, [])
-        for order in orders:
+        news = self.scripts.report(self.gpu, self.name)
+        ends = []
+        for order in news.stops:
             what, _, job_id = order.partition(":")
             lease = self.running.pop(job_id, None)
             if lease is not None:
-                status, event = _ends(what)
-                self.scripts.settle(self.gpu, self.name, job_id, lease.execution, status, event)
-        if orders:
-            self.scripts.listen(self.gpu, self.name, orders)
-        return int(waiting)
+                ends.append(_end(lease, what))
+        if news.stops:
+            self.scripts.report(self.gpu, self.name, ends, news.stops)
+        return news.waiting
 
 
-def _ends(what: str) -> tuple[str, dict[str, str]]:
+def _end(lease: Lease, what: str) -> Message:
     if what == "cancel":
-        return "canceled", {"ev": "cancelled"}
-    return "failed", {"ev": "error", "code": "expired", "error": "the deadline passed while the job was running"}
+        return Message(lease, {"ev": "cancelled"}, "canceled")
+    late = {"ev": "error", "code": "expired", "error": "the deadline passed while the job was running"}
+    return Message(lease, late, "failed")
 
 
 def events(redis: redis_py.Redis, job_id: str) -> list[dict[str, str]]:

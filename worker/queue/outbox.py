@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-from lorayard.shared.scripts import Lease, Scripts, Superseded, Value
-
-
-class Message(NamedTuple):
-    """An event of a job; with a status it is the final one."""
-
-    lease: Lease
-    event: Mapping[str, Value]
-    status: str = ""
-
-
-class News(NamedTuple):
-    """Jobs that wait in the GPU queue, `cancel:ID` and `expire:ID` to obey, (id, execution) of leases found lost."""
-
-    waiting: int
-    stops: list[str]
-    lost: list[tuple[str, str]]
+from lorayard.shared.scripts import Message, News, Scripts
 
 
 @dataclass
 class Outbox:
-    """Sends all messages and asks for news in one pipeline."""
+    """Sends all messages and asks for news in one call."""
 
     scripts: Scripts
     gpu: str
@@ -39,21 +23,11 @@ class Outbox:
         """Send, then listen. If it raises, the messages stay for the next call. Raises Superseded or a RedisError."""
         if self._in_doubt and self.messages:
             self._forget_delivered()
-        pipe = self.scripts.redis.pipeline(transaction=False)
-        for lease, event, status in self.messages:
-            if status:
-                self.scripts.settle(self.gpu, self.worker, lease.id, lease.execution, status, event, pipe)
-            else:
-                self.scripts.emit(self.gpu, lease.id, lease.execution, event, pipe)
-        self.scripts.listen(self.gpu, self.worker, obeyed, pipe)
         self._in_doubt = True
-        *taken, heard = pipe.execute()
+        news = self.scripts.report(self.gpu, self.worker, self.messages, obeyed)
         self._in_doubt = False
-        lost = [(m.lease.id, m.lease.execution) for m, ok in zip(self.messages, taken, strict=True) if not ok]
         self.messages.clear()
-        if heard == 0:
-            raise Superseded(f"{self.gpu} has been given to another worker")
-        return News(heard[0], [stop.decode() for stop in heard[1:]], lost)
+        return news
 
     def _forget_delivered(self) -> None:
         """Drop the `tok` events that arrived although the answer was lost: they are at the end of the job's stream.

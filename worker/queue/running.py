@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorayard.shared.job import Job
-from lorayard.shared.scripts import Lease, Value
+from lorayard.shared.scripts import Lease, Message, Value
 
-from .outbox import Message
 from .prepare import Prepared
 
 EVENT_TOKENS = 8

@@ -16,11 +16,11 @@ from lorayard.shared.connect import is_away
 from lorayard.shared.errors import AdapterError, Refused
 from lorayard.shared.job import Job, SamplingParams
 from lorayard.shared.keys import rq_queue
-from lorayard.shared.scripts import Lease, Scripts, Value
+from lorayard.shared.scripts import Lease, Message, News, Scripts, Value
 
 from .heartbeat import RECORD_S, Heartbeat
 from .helper import Helper
-from .outbox import Message, News, Outbox
+from .outbox import Outbox
 from .prepare import Prepared
 from .running import Running
 
@@ -173,6 +173,7 @@ class GpuWorker(BaseWorker):
         except RedisError as error:  # what it may have started comes back through the heartbeat
             self._back_off(error)
             return
+        self._found_job &= not leases
         for lease in leases:
             self.heart.hold(lease)
             self._start(lease)

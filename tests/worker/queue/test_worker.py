@@ -7,6 +7,7 @@ import time
 
 from lorayard.shared.errors import Refused
 from lorayard.shared.job import Job, SamplingParams
+from lorayard.shared.scripts import Message
 from lorayard.worker.queue.prepare import Prepared
 from lorayard.worker.queue.worker import GpuWorker
 
@@ -108,7 +109,8 @@ def test_another_attempt_restarts_the_stream(bench, engine):
     bench.scripts.register(GPU, dead, 10_000, {"slots": 2, "window": 8, "state": "ready"})
     bench.submit(job("r", stream=True))
     lease = bench.lease("r", name=dead)
-    bench.scripts.emit(GPU, "r", lease.execution, {"ev": "tok", "text": "lost ", "sample": 0, "attempt": 1, "at": 0})
+    lost = Message(lease, {"ev": "tok", "text": "lost ", "sample": 0, "attempt": 1, "at": 0})
+    assert bench.scripts.report(GPU, dead, [lost]).lost == []
     assert bench.scripts.reclaim(GPU, dead) == 1
     bench.worker(engine)
     bench.scripts.assign("normal:base", GPU, 8)
