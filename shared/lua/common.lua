@@ -212,12 +212,13 @@ local function take_queue(gpu)
 end
 
 -- After a death the jobs that ran together are suspects: they run again in groups of at most 64, then 8, then 1.
--- Only a job that died twice alone is condemned.
+-- Only a suspect that died twice alone is condemned. A first death makes a suspect and proves nothing, even alone: on an
+-- idle yard every job runs alone, and whoever kills its worker from outside must not condemn it.
 local function suspect(id, lane, together)
   local key = job_key(id)
-  call('HINCRBY', key, 'deaths', 1)
+  local deaths = call('HINCRBY', key, 'deaths', 1)
   call('HSET', key, 'group', together > 64 and 64 or together > 8 and 8 or 1)
-  if together > 1 or call('HINCRBY', key, 'deaths_alone', 1) < 2 then return true end
+  if deaths == 1 or together > 1 or call('HINCRBY', key, 'deaths_alone', 1) < 2 then return true end
   finish_error(id, lane, 'crashed', 'the job killed its worker twice while it ran alone')
   return false
 end

@@ -86,3 +86,14 @@ def test_two_deaths_together_condemn_nobody(client: Client) -> None:
         for job in yard.claim():
             yard.worker.done(job)
     assert [events(client.redis, job)[-1]["ev"] for job in ("a", "b")] == ["done", "done"]
+
+
+def test_a_first_death_alone_only_makes_a_suspect(client: Client) -> None:
+    client.send("a", "base")
+    yard = Deaths(client)
+    for deaths in (1, 2, 3):
+        assert yard.claim() == ["a"]
+        yard.die()
+        ended = [event["code"] for event in events(client.redis, "a") if event["ev"] == "error"]
+        assert ended == (["crashed"] if deaths == 3 else [])
+    assert client.redis.hmget("rq:job:a", "deaths", "deaths_alone") == [b"3", b"2"]
