@@ -1,82 +1,53 @@
-"""A client of the yard for Python. It does what any Redis client can: XADD a job, XREAD its events."""
+"""Clients of the yard for Python. They do what any Redis client can: XADD a job, XREAD its events.
+
+A connection that is lost raises redis' ConnectionError, and the next call connects again. Nothing is sent twice behind
+your back; it is safe to do so yourself: `submit` again with the same `id` and fields has no effect if the first has
+arrived, and `stream` and `result` of an id may be called again, from anywhere, until the job's `ttl` is over.
+"""
 
 from __future__ import annotations
 
-import json
-import secrets
-import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Generator, Iterator
 from typing import Any
 
 from redis import Redis
+from redis import asyncio as redis_asyncio
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 
-from lorayard.shared.connect import connect
-from lorayard.shared.errors import LorayardError
+from lorayard.shared.connect import SOCKET_TIMEOUT_S, connect, display
+from lorayard.shared.errors import UsageError
 from lorayard.shared.keys import Keys
 
-FINAL = ("done", "error", "cancelled")
-READ_S = 10.0
-"""Longest single blocking read."""
+from .answers import (
+    SINK,
+    Collecting,
+    Event,
+    JobFailed,
+    NoAnswer,
+    Patience,
+    Reading,
+    Result,
+    as_result,
+    from_list,
+    submission,
+)
 
-
-class JobFailed(LorayardError):
-    """The job ended without a text. `code`: one of `errors.REFUSALS`, or `cancelled`."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(f"{code}: {message}")
-        self.code, self.message = code, message
-
-
-class NoAnswer(LorayardError):
-    """No final event came in time. The job may still be waiting or running."""
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """One entry of a job's stream. kind: tok, restart, done, error or cancelled; fields: its other fields."""
-
-    kind: str
-    fields: Mapping[str, str]
-
-    @property
-    def text(self) -> str:
-        """New text of `tok`, whole text of `done`, else empty."""
-        return self.fields.get("text", "")
-
-    @property
-    def final(self) -> bool:
-        """Whether nothing follows."""
-        return self.kind in FINAL
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """A finished job. finish: `stop` or `length`; fields: all fields of its final event."""
-
-    id: str
-    text: str
-    finish: str
-    prompt_tokens: int
-    new_tokens: int
-    seed: int
-    fields: Mapping[str, str]
+__all__ = ["AsyncClient", "Client", "Event", "JobFailed", "NoAnswer", "Result", "as_result"]
 
 
 class Client:
     """Submits jobs to one yard and reads their answers."""
 
     def __init__(self, redis: str | Redis, prefix: str = "yard:") -> None:
-        self.redis: Redis = connect(redis) if isinstance(redis, str) else redis
+        self.redis: Any = connect(redis) if isinstance(redis, str) else redis
         self.keys = Keys(prefix)
 
     def submit(self, prompt: str | None = None, *, adapter: str = "", cls: str = "normal", **fields: Any) -> str:
         """Send a job and return its id. `fields`: those of docs/wire.md, with lists as lists and flags as bools."""
-        job_id = fields.pop("id", None) or secrets.token_hex(12)
-        sent = {"id": job_id, "prompt": prompt, "adapter": adapter or None, **fields}
-        flat: dict[Any, Any] = {name: _flat(value) for name, value in sent.items() if value is not None}
-        self.redis.xadd(self.keys.stream(cls), flat)
-        return str(job_id)
+        job_id, entry = submission(prompt, adapter, fields)
+        self.redis.xadd(self.keys.stream(cls), entry)
+        return job_id
 
     def stream(self, job_id: str, timeout: float | None = None) -> Iterator[Event]:
         """Events of a job with `reply stream` as they come, from its first to its final one.
@@ -84,22 +55,10 @@ class Client:
         After a `restart` the text begins anew; what an earlier attempt still says is left out.
         Raises NoAnswer when the final event has not come after `timeout` seconds.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        last: bytes | str = b"0"
-        attempt = 0
+        patience, reading, key = Patience(timeout), Reading(), self.keys.out(job_id)
         while True:
-            left = READ_S if deadline is None else min(READ_S, deadline - time.monotonic())
-            if left <= 0:
-                raise NoAnswer(f"job {job_id} has no answer after {timeout:g} s; it may still come")
-            answer: Any = self.redis.xread({self.keys.out(job_id): last}, block=max(int(left * 1000), 1))
-            for entry, raw in answer[0][1] if answer else ():
-                last = entry
-                fields = {_text(name): _text(value) for name, value in raw.items()}
-                event = Event(fields.pop("ev", ""), fields)
-                now_at = int(fields.get("attempt", attempt))
-                if event.kind == "tok" and now_at < attempt:
-                    continue
-                attempt = max(attempt, now_at)
+            block = _ms(patience.for_job(job_id))
+            for event in reading.events(self.redis.xread({key: reading.last}, block=block)):
                 yield event
                 if event.final:
                     return
@@ -111,27 +70,111 @@ class Client:
                 return as_result(job_id, event)
         raise AssertionError("a stream ends with a final event")
 
+    def take(self, job_id: str, timeout: float | None = None) -> Result:
+        """Wait for the answer of a job with `reply list`, which is there once. Raises JobFailed, NoAnswer."""
+        patience, key = Patience(timeout), self.keys.reply(job_id)
+        while not (reply := self.redis.blpop([key], patience.for_job(job_id))):
+            pass
+        return as_result(job_id, from_list(reply))
+
+    def results(
+        self, batch: str, timeout: float | None = None, reader: str = "reader"
+    ) -> Generator[tuple[str, Event], None, None]:  # fmt: skip
+        """(job id, final event) of the jobs with `reply batch` as they end; stops after `timeout` s without any.
+
+        An answer is deleted when the next is asked for, so store it before. What a reader had when it died comes again
+        to a reader of the same name; several names share the work.
+        """
+        patience, collecting, key = Patience(timeout), Collecting(), self.keys.results(batch)
+        while seconds := patience.next_s():
+            pipe = self.redis.pipeline(transaction=False)
+            pipe.xgroup_create(key, SINK, "0", mkstream=True)
+            pipe.xreadgroup(SINK, reader, {key: collecting.cursor}, count=100, block=_ms(seconds))
+            for entry, job_id, event in collecting.results(*pipe.execute(raise_on_error=False)):
+                yield job_id, event
+                pipe.xack(key, SINK, entry)
+                pipe.xdel(key, entry)
+                pipe.execute()
+                patience.renew()
+
     def cancel(self, job_id: str) -> None:
         """Ask for the end of a job: waiting, it never runs; running, it stops within a step."""
         self.redis.xadd(self.keys.control, {"op": "cancel", "id": job_id})
 
 
-def as_result(job_id: str, event: Event) -> Result:
-    """The result in a final event. Raises JobFailed if it is none."""
-    fields = event.fields
-    if event.kind == "cancelled":
-        raise JobFailed("cancelled", f"job {job_id} was cancelled")
-    if event.kind == "error":
-        raise JobFailed(fields.get("code", "internal"), fields.get("error", ""))
-    numbers = [int(fields.get(name, 0)) for name in ("prompt_tokens", "new_tokens", "seed")]
-    return Result(job_id, event.text, fields.get("finish", ""), numbers[0], numbers[1], numbers[2], fields)
+class AsyncClient:
+    """`Client` for asyncio, with the same verbs. `async with` closes its connections; `redis` may be a client's own."""
+
+    def __init__(self, redis: str | redis_asyncio.Redis, prefix: str = "yard:") -> None:
+        self.redis: Any = _connect(redis) if isinstance(redis, str) else redis
+        self.keys = Keys(prefix)
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.redis.aclose()
+
+    async def submit(
+        self, prompt: str | None = None, *, adapter: str = "", cls: str = "normal", **fields: Any
+    ) -> str:  # fmt: skip
+        """See `Client.submit`."""
+        job_id, entry = submission(prompt, adapter, fields)
+        await self.redis.xadd(self.keys.stream(cls), entry)
+        return job_id
+
+    async def stream(self, job_id: str, timeout: float | None = None) -> AsyncIterator[Event]:
+        """See `Client.stream`."""
+        patience, reading, key = Patience(timeout), Reading(), self.keys.out(job_id)
+        while True:
+            block = _ms(patience.for_job(job_id))
+            for event in reading.events(await self.redis.xread({key: reading.last}, block=block)):
+                yield event
+                if event.final:
+                    return
+
+    async def result(self, job_id: str, timeout: float | None = None) -> Result:
+        """See `Client.result`."""
+        async for event in self.stream(job_id, timeout):
+            if event.final:
+                return as_result(job_id, event)
+        raise AssertionError("a stream ends with a final event")
+
+    async def take(self, job_id: str, timeout: float | None = None) -> Result:
+        """See `Client.take`."""
+        patience, key = Patience(timeout), self.keys.reply(job_id)
+        while not (reply := await self.redis.blpop([key], patience.for_job(job_id))):
+            pass
+        return as_result(job_id, from_list(reply))
+
+    async def results(
+        self, batch: str, timeout: float | None = None, reader: str = "reader"
+    ) -> AsyncIterator[tuple[str, Event]]:
+        """See `Client.results`."""
+        patience, collecting, key = Patience(timeout), Collecting(), self.keys.results(batch)
+        while seconds := patience.next_s():
+            pipe = self.redis.pipeline(transaction=False)
+            pipe.xgroup_create(key, SINK, "0", mkstream=True)
+            pipe.xreadgroup(SINK, reader, {key: collecting.cursor}, count=100, block=_ms(seconds))
+            for entry, job_id, event in collecting.results(*await pipe.execute(raise_on_error=False)):
+                yield job_id, event
+                pipe.xack(key, SINK, entry)
+                pipe.xdel(key, entry)
+                await pipe.execute()
+                patience.renew()
+
+    async def cancel(self, job_id: str) -> None:
+        """See `Client.cancel`."""
+        await self.redis.xadd(self.keys.control, {"op": "cancel", "id": job_id})
 
 
-def _flat(value: Any) -> Any:
-    if isinstance(value, bool):
-        return int(value)
-    return json.dumps(list(value)) if isinstance(value, list | tuple) else value
+def _ms(seconds: float) -> int:
+    return max(int(seconds * 1000), 1)
 
 
-def _text(value: bytes | str) -> str:
-    return value.decode(errors="replace") if isinstance(value, bytes) else value
+def _connect(url: str) -> redis_asyncio.Redis:
+    """A client that connects at its first command and, like `connect`, sends nothing twice."""
+    try:
+        return redis_asyncio.Redis.from_url(url, socket_timeout=SOCKET_TIMEOUT_S, retry=Retry(NoBackoff(), 0))
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"the Redis URL {display(url)} is malformed: {error}") from None

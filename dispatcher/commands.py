@@ -1,4 +1,4 @@
-"""The commands of the side without a GPU: submit, info, adapters, dispatcher."""
+"""The commands that send and serve: submit, cancel, dispatcher."""
 
 from __future__ import annotations
 
@@ -6,25 +6,19 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import click
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from lorayard.shared.cli import INTERRUPTED, redis_options
 from lorayard.shared.connect import connect, display
-from lorayard.shared.errors import LorayardError, UsageError
-from lorayard.shared.keys import CLASSES, Keys, rq_queue
+from lorayard.shared.errors import UsageError
+from lorayard.shared.keys import CLASSES, Keys
 
 from .client import Client, Event, JobFailed, as_result
-from .published import read_adapters
 from .serve import DEFAULT_LIMIT, Dispatcher
-
-HELP = {"help_option_names": ["-h", "--help"]}
-LANES_SHOWN = 20
+from .validate import JOB_ID
+from .watch import HELP
 
 SUBMIT_EXAMPLES = """\b
 Examples:
@@ -121,68 +115,22 @@ def _follow(client: Client, job_id: str, timeout: float | None, show: bool) -> E
     raise AssertionError("a stream ends with a final event")
 
 
-@click.command(epilog="Example: LORAYARD_REDIS_URL=redis://127.0.0.1:6390/0 lorayard info", context_settings=HELP)
+@click.command(epilog="Example: lorayard cancel 5f0c6d1e2a3b4c5d6e7f8a9b another-id", context_settings=HELP)
+@click.argument("ids", nargs=-1, required=True, metavar="ID...")
 @redis_options
-def info(redis_url: str, prefix: str) -> None:
-    """Show a running yard: its model, each GPU with its queue and slots, and the jobs that wait."""
-    redis: Any = connect(redis_url, decode_responses=True)
-    keys, console = Keys(prefix), Console()
-    said = redis.hgetall(keys.info)
-    if not said:
-        raise LorayardError(f"no worker has joined a yard at {display(redis_url)} with prefix {prefix}")
-    rows = [
-        ("model", f"{said.get('model')}, digest {said.get('base_digest', '')[:12]}"),
-        ("version", f"{said.get('version')}, wire {said.get('wire_version')}"),
-        ("tokens of a job", f"{said.get('cache_tokens')} at most, prompt and answer together"),
-        ("adapters", str(redis.hlen(keys.adapters))),
-        *((f"{cls} jobs", redis.hget(keys.depth, cls) or "0") for cls in CLASSES),
-        ("refused entries", str(redis.xlen(keys.dead))),
-    ]
-    console.print(_table(("yard", display(redis_url)), rows))
-    gpus = sorted(redis.smembers(keys.gpus))
-    console.print(
-        _table(("gpu", "state", "queued", "running", "seats", "swaps", "slots"), _gpu_rows(redis, keys, gpus))
-    )
-    lanes = redis.zrange(keys.lanes, 0, LANES_SHOWN - 1)
-    if lanes:
-        depths = [(lane, str(redis.llen(keys.lane(*lane.split(":", 1))))) for lane in lanes]
-        console.print(_table(("waiting lane", "jobs"), depths))
+def cancel(ids: tuple[str, ...], redis_url: str, prefix: str) -> None:
+    """Ask for the end of jobs: one that waits never runs, one that runs stops within a step.
 
-
-def _gpu_rows(redis: Any, keys: Keys, gpus: list[str]) -> Iterator[tuple[str, ...]]:
-    """Rows of the table of GPUs."""
-    for gpu in gpus:
-        said, table, load = (redis.hgetall(key(gpu)) for key in (keys.gpu, keys.slots, keys.load))
-        queued = redis.llen(rq_queue(gpu))
-        slots = [
-            f"{table[index]}{' (closing)' if table.get(f'{index}.state') == 'closing' else ''}"
-            for index in sorted(filter(str.isdigit, table), key=int)
-        ]
-        running = sum(map(int, load.values())) - queued
-        shown = "\n".join(slots) or "-"
-        yield (
-            gpu, said.get("state", "no worker"), str(queued), str(running), said.get("seats", "-"),
-            said.get("swaps", "-"), shown,
-        )  # fmt: skip
-
-
-@click.command(epilog="Example: LORAYARD_REDIS_URL=redis://127.0.0.1:6390/0 lorayard adapters", context_settings=HELP)
-@redis_options
-def adapters(redis_url: str, prefix: str) -> None:
-    """List the adapters that jobs may name."""
-    redis: Any = connect(redis_url)
-    found = read_adapters(redis.hgetall(Keys(prefix).adapters))
-    if not found:
-        raise LorayardError(f"no worker has published an adapter at {display(redis_url)} with prefix {prefix}")
-    rows = [(name, str(one.rank), f"{one.size:,}", one.digest[:12]) for name, one in found.items()]
-    Console().print(_table(("adapter", "rank", "bytes", "digest"), rows))
-
-
-def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Table:
-    table = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    return table
+    Each still gets its final event, `cancelled`. A job that has ended is left as it is; a job that is yet to come is
+    cancelled if it comes within an hour.
+    """
+    for job_id in ids:
+        if not JOB_ID.fullmatch(job_id):
+            raise UsageError(f"an id must match {JOB_ID.pattern}, not {job_id[:80]!r}")
+    client = Client(redis_url, prefix)
+    for job_id in ids:
+        client.cancel(job_id)
+    click.echo(f"asked for the end of {len(ids)} {'job' if len(ids) == 1 else 'jobs'}")
 
 
 @click.command(

@@ -17,8 +17,11 @@ COMMANDS = {
     "up": ("lorayard.shared.up:up", "Start a whole yard on this machine: Redis, dispatcher, workers."),
     "submit": ("lorayard.dispatcher.commands:submit", "Send a prompt to a running yard and print the answer."),
     "generate": ("lorayard.worker.generate.command:generate", "Answer a prompt with the engine alone, without Redis."),
-    "info": ("lorayard.dispatcher.commands:info", "Show the yard: model, workers, slots, queues."),
-    "adapters": ("lorayard.dispatcher.commands:adapters", "List the adapters that jobs may name."),
+    "cancel": ("lorayard.dispatcher.commands:cancel", "End jobs that wait or run."),
+    "info": ("lorayard.dispatcher.watch:info", "Show the yard: model, workers, slots, queues."),
+    "top": ("lorayard.dispatcher.watch:top", "Watch the yard, refreshed every second."),
+    "adapters": ("lorayard.dispatcher.watch:adapters", "List the adapters that jobs may name."),
+    "dead": ("lorayard.dispatcher.dead:dead", "Show refused entries, and send them again."),
     "dispatcher": ("lorayard.dispatcher.commands:dispatcher", "Run a dispatcher; no GPU needed."),
     "worker": ("lorayard.worker.queue.commands:worker", "Run the workers of this host, one per GPU or on the CPU."),
 }

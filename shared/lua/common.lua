@@ -53,10 +53,17 @@ end
 
 -- Writes a refused stream entry into yard:dead; to be called before the entry is deleted.
 local function bury(stream, entry, code, message)
-  local fields = {'entry', entry, 'code', code, 'error', message}
   local found = call('XRANGE', stream, entry, entry)[1]
   local original = found and found[2] or {}
-  for i = 1, math.min(#original, 2 * KEPT_FIELDS) do fields[#fields + 1] = string.sub(original[i], 1, KEPT_BYTES) end
+  local cut, fields = #original > 2 * KEPT_FIELDS, {}
+  for i = 1, math.min(#original, 2 * KEPT_FIELDS) do
+    cut = cut or #original[i] > KEPT_BYTES
+    fields[i] = string.sub(original[i], 1, KEPT_BYTES)
+  end
+  -- Ours come last, because of a name that is given twice the last counts.
+  for _, text in ipairs({'entry', entry, 'to', stream, 'cut', cut and 1 or 0, 'code', code, 'error', message}) do
+    fields[#fields + 1] = text
+  end
   call('XADD', P .. 'dead', 'MAXLEN', '~', 100000, '*', unpack(fields))
 end
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -111,6 +114,13 @@ class LiveYard:
 
     def dead(self) -> list[dict[str, str]]:
         return dead(self.redis)
+
+
+def command(yard: LiveYard, *words: str, **more: Any) -> subprocess.CompletedProcess[str]:
+    """Run `lorayard WORDS` against a yard."""
+    env = os.environ | {"LORAYARD_REDIS_URL": yard.server.url}
+    argv = [sys.executable, "-m", "lorayard.shared.cli", *words]
+    return subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60, **more)
 
 
 @pytest.fixture

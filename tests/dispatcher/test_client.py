@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import json
 import os
 import signal
@@ -11,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from lorayard.dispatcher.client import Client, JobFailed, NoAnswer
+from lorayard.dispatcher.client import AsyncClient, Client, JobFailed, NoAnswer
+from lorayard.shared.errors import UsageError
 
-from .conftest import HOLD, LiveYard
+from .conftest import HOLD, LiveYard, command
 from .fake import KEYS
 
 
@@ -55,10 +58,70 @@ def test_a_restarted_stream_leaves_out_the_earlier_attempt(client: Client) -> No
     ]  # fmt: skip
 
 
-def command(yard: LiveYard, *words: str, **more: Any) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"LORAYARD_REDIS_URL": yard.server.url}
-    argv = [sys.executable, "-m", "lorayard.shared.cli", *words]
-    return subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60, **more)
+def test_answers_of_lists_are_taken_once(client: Client) -> None:
+    job = client.submit("hello", reply="list")
+    assert client.take(job, 20).text == "echo hello"
+    with pytest.raises(NoAnswer):
+        client.take(job, 0.05)
+    with pytest.raises(JobFailed, match="bad_field"):
+        client.take(client.submit("hello", reply="list", temperature="hot"), 20)
+
+
+def test_answers_of_a_batch_come_once_and_again_to_who_died(client: Client) -> None:
+    jobs = {client.submit(str(at), reply="batch", batch="corpus", cls="batch") for at in range(5)}
+    dying = client.results("corpus", 20)
+    first, event = next(dying)
+    dying.close()  # before it asked for the next
+    assert first in jobs and event.kind == "done"
+    read = []
+    for job, _ in client.results("corpus", 20):
+        read.append(job)
+        if len(read) == 5:
+            break
+    assert sorted(read) == sorted(jobs)
+    assert client.redis.xlen("yard:res:corpus") == 1, "the last one is not known to be stored"
+    assert len(list(client.results("corpus", 0.05))) == 1 and list(client.results("corpus", 0.05)) == []
+
+
+def test_a_batch_that_expired_meanwhile_is_read_on(client: Client) -> None:
+    assert list(client.results("corpus", 0.01)) == []
+    client.redis.delete("yard:res:corpus")
+    job = client.submit("hello", reply="batch", batch="corpus")
+    assert next(client.results("corpus", 20))[0] == job
+
+
+def test_the_same_verbs_for_asyncio(yard: LiveYard) -> None:
+    async def talk() -> None:
+        async with AsyncClient(yard.server.url) as client:
+            jobs = [await client.submit(f"hello {at}", adapter="a", stream=True) for at in range(20)]
+            results = await asyncio.gather(*(client.result(job, 20) for job in jobs))
+            assert [result.text for result in results] == [f"echo hello {at}" for at in range(20)]
+            assert [event.kind async for event in client.stream(jobs[0], 20)] == ["tok", "done"]
+            assert (await client.take(await client.submit("l", reply="list"), 20)).text == "echo l"
+            batched = await client.submit("b", reply="batch", batch="corpus")
+            assert [(job, event.text) async for job, event in client.results("corpus", 1)] == [(batched, "echo b")]
+            held = await client.submit(HOLD)
+            with pytest.raises(NoAnswer):
+                await client.result(held, 0.05)
+            await client.cancel(held)
+            with pytest.raises(JobFailed, match="cancelled"):
+                await client.result(held, 20)
+
+    asyncio.run(talk())
+
+
+def test_both_clients_have_the_same_verbs() -> None:
+    verbs = {name for name in vars(Client) if not name.startswith("_")}
+    assert verbs == {name for name in vars(AsyncClient) if not name.startswith("_")}
+    for name in verbs:
+        sync, other = (list(inspect.signature(getattr(one, name)).parameters) for one in (Client, AsyncClient))
+        assert sync == other
+
+
+def test_a_malformed_address_is_one_sentence() -> None:
+    for one in (Client, AsyncClient):
+        with pytest.raises(UsageError, match="malformed"):
+            one("nonsense://here")
 
 
 def test_submit_prints_the_answer(yard: LiveYard) -> None:
@@ -105,17 +168,3 @@ def test_ctrl_c_cancels_the_job(yard: LiveYard) -> None:
         _, stderr = process.communicate(timeout=20)
     assert process.returncode == 130 and "job held is cancelled" in stderr
     assert yard.final("held") == {"ev": "cancelled"}
-
-
-def test_info_and_adapters(yard: LiveYard) -> None:
-    yard.final(yard.send(adapter="a"))
-    said = command(yard, "info").stdout
-    assert all(word in said for word in ("fake", "gpu-h-0", "ready", "a@11111111", "4096"))
-    said = command(yard, "adapters").stdout
-    assert all(word in said for word in ("a", "f", "1,000", "111111111111"))
-
-
-def test_an_empty_yard_is_one_sentence(empty_yard: LiveYard) -> None:
-    for name in ("info", "adapters"):
-        said = command(empty_yard, name)
-        assert said.returncode == 1 and said.stderr.startswith("lorayard: no worker has")

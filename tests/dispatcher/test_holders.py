@@ -78,11 +78,10 @@ def simulated(redis: redis_py.Redis, **digests: str) -> SimulatedYard:
 def lane_of(yard: SimulatedYard, digest: str) -> str:
     """Send a job for adapter a that is bound to these bytes; -> its lane."""
     lane = f"normal:a@{digest[:8]}"
-    yard.add(KEYS.stream("normal"), {"prompt": "p"})
-    ((_, ((entry, _),)),) = yard.redis.xreadgroup("yard", "d", {KEYS.stream("normal"): ">"})
+    entry = yard.redis.xadd(KEYS.stream("normal"), {"prompt": "p"})
+    yard.redis.xreadgroup("yard", "d", {KEYS.stream("normal"): ">"})
     fields = {"keep": 60, "reply": "stream", "batch": "", "req": b"request", "v": 1}
     assert yard.scripts.accept(KEYS.stream("normal"), entry, "j", lane, "fp", 9, "", fields) == "accepted"
-    yard.unread = False
     return lane
 
 

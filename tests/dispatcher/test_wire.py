@@ -97,7 +97,7 @@ def test_ids(yard: LiveYard) -> None:
         yard.send(id=bad, colour="red")
     yard.until(lambda: len(yard.dead()) == 5)
     assert {one["code"] for one in yard.dead()} == {"bad_id"}
-    assert yard.dead()[0].keys() == {"entry", "code", "error", "prompt", "id", "colour"}
+    assert yard.dead()[0].keys() == {"entry", "to", "cut", "code", "error", "prompt", "id", "colour"}
     assert not list(yard.redis.scan_iter("yard:out:*x*"))
 
 

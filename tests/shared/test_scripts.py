@@ -127,7 +127,7 @@ def test_refused_entries_are_cut(client: Client) -> None:
     entry = client.entry(**fields)
     client.scripts.reject(KEYS.stream("normal"), entry, "", "", "bad_field", "why")
     buried = dead(client.redis)[0]
-    assert len(buried) == 3 + 64 and len(buried["f0"]) == 4096
+    assert len(buried) == 5 + 64 and buried["cut"] == "1" and len(buried["f0"]) == 4096
 
 
 def test_assign_moves_up_to_the_window(client: Client, worker: FakeWorker) -> None:
