@@ -107,7 +107,7 @@ def _client(url: str, options: dict[str, Any]) -> redis.Redis:
     user, at, place = place.rpartition("@")
     hosts, _, path = place.partition("/")
     service, _, db = path.partition("/")
-    if not service:
+    if not service or not (db or "0").isdecimal():
         raise ValueError("it must name the service that the sentinels watch, HOST:PORT,HOST:PORT/SERVICE/DB")
     parsed: dict[str, Any] = dict(parse_url(f"{SENTINEL_SCHEMES[scheme]}://{user}{at}host/{db or 0}?{query}"))
     tls = parsed.pop("connection_class", None) is not None

@@ -50,6 +50,8 @@ def write_users(folder: Path, version: tuple[int, ...]) -> None:
 class Server:
     """A redis-server in a folder, with words of configuration. May be killed and started again."""
 
+    ready = "eady to accept connections"
+
     def __init__(self, folder: Path, *words: str, binary: str | None = None) -> None:
         self.folder, self.words, self.port = folder, words, free_port()
         self.binary = binary or find_server()[0]
@@ -64,7 +66,7 @@ class Server:
                 [self.binary, *self.words, *port], cwd=self.folder, parent_death=signal.SIGKILL, stdout=log, stderr=log
             )
         deadline = time.monotonic() + 20
-        while "eady to accept connections" not in self.said():
+        while self.ready not in self.said():
             assert time.monotonic() < deadline and self.process.poll() is None, self.said()
             time.sleep(0.01)
 

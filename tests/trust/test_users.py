@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from lorayard.dispatcher.serve import Dispatcher
 from lorayard.shared import embedded
 from lorayard.shared.connect import connect
 from lorayard.shared.keys import Keys
-from lorayard.shared.scripts import Scripts
+from lorayard.shared.scripts import LUA, Scripts
 from lorayard.worker.queue.spec import WorkerSpec
 from lorayard.worker.queue.supervisor import Supervisor
 
@@ -149,3 +150,13 @@ def test_the_shipped_file_has_no_password_that_works(tmp_path: Path) -> None:
     shutil.copy(DEPLOY / "users-7.acl", tmp_path / "users.acl")
     with pytest.raises(AssertionError, match="(?s)password hash must be exactly 64"):
         Server(tmp_path, "redis.conf")
+
+
+@pytest.mark.parametrize("file", ["users-7.acl", "users-6.2.acl"])
+def test_the_service_may_all_that_the_scripts_do(file: str) -> None:
+    """Also on the paths that no yard of the tests takes."""
+    [rights] = [line.split() for line in (DEPLOY / file).read_text().splitlines() if line.startswith("user service")]
+    called = {
+        name for path in LUA.glob("*.lua") for name in re.findall(r"\bcall\('([A-Z]+)'", path.read_text())
+    }  # fmt: skip
+    assert len(called) > 20 and {f"+{name.lower()}" for name in called} <= set(rights)
