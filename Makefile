@@ -26,8 +26,10 @@ check: .venv/dev  ## lint, format, types, import rules
 test-gpu: .venv/dev  ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu
 
-bench: .venv/runtime  ## speed of the engine; BENCH='MODEL --devices cuda' for another model or device
+bench: .venv/runtime  ## speed of the engine, the queue and the routing; BENCH='MODEL --devices cuda' for another model or device
 	$(BIN)/python tests/bench/engine.py $(BENCH)
+	$(BIN)/python tests/bench/jobs.py
+	$(BIN)/python tests/bench/routing.py
 
 clean:  ## remove all that make and the tools made
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

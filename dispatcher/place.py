@@ -140,7 +140,7 @@ def place(view: YardView, now_ms: int, hold_ms: int = HOLD_MS) -> list[Action]:
     return [*plan.moves, *(Assign(*key, most) for key, most in plan.assigned.items())]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Slot:
     """A slot while moves are planned. load: jobs of its combination on the GPU. taken: spoken for in this plan."""
 
@@ -175,13 +175,28 @@ class _Plan:
         self.may_close = {gpu.name: max(1, len(gpu.slots) // 4) for gpu in view.gpus}
         for slot in self.slots:
             self.may_close[slot.gpu] -= slot.closing
+        self.gpus = {gpu.name: gpu for gpu in view.gpus}
+        self.holders: dict[str | None, list[_Slot]] = defaultdict(list)
+        for slot in self.slots:
+            self.holders[slot.combination].append(slot)
 
     def evict(self) -> None:
-        """Close the slots whose combination the host has lost."""
-        gpus = {gpu.name: gpu for gpu in self.view.gpus}
+        """Close the slots whose combination the host has lost, and sort out the slots that may be had."""
         for slot in self.slots:
-            if slot.combination and not slot.closing and not gpus[slot.gpu].holds(slot.combination):
+            if slot.combination and not slot.closing and not self.gpus[slot.gpu].holds(slot.combination):
                 self._close(slot)
+        self.vacant = [
+            slot
+            for slot in self.slots
+            if not slot.load and (slot.combination is None or slot.closing or slot.combination not in self.wanted)
+        ]
+        self.closing = [slot for slot in self.slots if slot.closing]
+        self.served = [
+            slot
+            for slot in sorted(self.slots, key=lambda slot: slot.since_ms)
+            if not slot.closing and slot.load and self.now_ms - slot.since_ms >= self.hold_ms // 2
+            and self.may_close[slot.gpu] > 0
+        ]  # fmt: skip
 
     def house(self) -> None:
         """Rule 1."""
@@ -195,16 +210,11 @@ class _Plan:
             return not overdue, 0 if overdue else urgency[combination], since, combination
 
         for combination in sorted(homeless(self.view), key=order):
-            gpus = self._holding(combination)
-            slot = self._closing_on(combination, gpus) or self._vacant(combination, gpus)
+            slot = self._closing_on(combination) or self._vacant(combination)
             if slot is not None:
                 self._open(slot, combination)
             elif self._overdue(combination):
-                self._drain_one(gpus)
-
-    def _holding(self, combination: str) -> set[str]:
-        """Names of the GPUs whose hosts hold a combination."""
-        return {gpu.name for gpu in self.view.gpus if gpu.holds(combination)}
+                self._drain_one(combination)
 
     def _since(self, combination: str) -> int:
         return self.view.homeless_since.get(combination, self.now_ms)
@@ -212,20 +222,23 @@ class _Plan:
     def _overdue(self, combination: str) -> bool:
         return self.now_ms - self._since(combination) >= self.hold_ms
 
-    def _closing_on(self, combination: str, gpus: Container[str]) -> _Slot | None:
-        own = [slot for slot in self.slots if slot.combination == combination and not slot.taken and slot.gpu in gpus]
+    def _closing_on(self, combination: str) -> _Slot | None:
+        own = [slot for slot in self.holders[combination] if self._free_for(slot, combination)]
         return min(own, key=self._least_loaded, default=None)
 
-    def _vacant(self, combination: str, gpus: Container[str]) -> _Slot | None:
-        """A drained slot that nobody waits for, on a GPU where no other slot has the combination."""
-        holders = {slot.gpu for slot in self.slots if slot.combination == combination}
+    def _vacant(self, combination: str, room: int = 0) -> _Slot | None:
+        """A drained slot that nobody waits for, on a GPU that has room and no other slot with the combination."""
+        self.vacant = [slot for slot in self.vacant if not slot.taken and not slot.load]
+        holders = {slot.gpu for slot in self.holders[combination]}
         vacant = [
             slot
-            for slot in self.slots
-            if not slot.taken and not slot.load and slot.gpu in gpus and slot.gpu not in holders
-            and (slot.combination is None or slot.closing or slot.combination not in self.wanted)
-        ]  # fmt: skip
+            for slot in self.vacant
+            if self.room[slot.gpu] >= room and slot.gpu not in holders and self._free_for(slot, combination)
+        ]
         return min(vacant, key=self._least_loaded, default=None)
+
+    def _free_for(self, slot: _Slot, combination: str) -> bool:
+        return not slot.taken and self.gpus[slot.gpu].holds(combination)
 
     def _least_loaded(self, slot: _Slot) -> tuple[float, bool, int]:
         return self.busy[slot.gpu] / self.seats[slot.gpu], slot.combination is not None, slot.since_ms
@@ -235,24 +248,23 @@ class _Plan:
         self.may_close[slot.gpu] += slot.closing
         if slot.combination != combination:
             slot.load = 0
+            self.holders[slot.combination].remove(slot)
+            self.holders[combination].append(slot)
         slot.combination, slot.closing, slot.since_ms, slot.taken = combination, False, self.now_ms, True
 
-    def _drain_one(self, gpus: Container[str]) -> None:
-        """Keep a slot of these GPUs that is closing for the combination whose turn it is, or close one more."""
-        for slot in self.slots:
-            if slot.closing and not slot.taken and slot.gpu in gpus:
+    def _drain_one(self, combination: str) -> None:
+        """Keep a slot that is closing for the combination whose turn it is, or close one more."""
+        for slot in self.closing:
+            if self._free_for(slot, combination):
                 slot.taken = True
+                self.closing.remove(slot)
                 return
-        served = [
-            slot
-            for slot in self.slots
-            if not slot.closing and not slot.taken and slot.load and slot.gpu in gpus and self.may_close[slot.gpu] > 0
-            and self.now_ms - slot.since_ms >= self.hold_ms // 2
-        ]  # fmt: skip
-        if served:
-            slot = min(served, key=lambda slot: slot.since_ms)
-            slot.taken = True
-            self._close(slot)
+        for slot in self.served:
+            if self._free_for(slot, combination):
+                slot.taken = True
+                self._close(slot)
+                self.served = [one for one in self.served if not one.taken and self.may_close[one.gpu] > 0]
+                return
 
     def _close(self, slot: _Slot) -> None:
         self.moves.append(Close(slot.gpu, slot.index, str(slot.combination)))
@@ -310,7 +322,7 @@ class _Plan:
             full = homes[lane.combination] and not any(self.room[slot.gpu] for slot in homes[lane.combination])
             if lane.combination == BASE or not full or not self.waiting[lane.cls, lane.combination]:
                 continue
-            slot = self._vacant(lane.combination, {gpu for gpu in self._holding(lane.combination) if self.room[gpu]})
+            slot = self._vacant(lane.combination, room=1)
             if slot is not None:
                 self._open(slot, lane.combination)
                 homes[lane.combination].append(slot)
