@@ -64,7 +64,11 @@ def show(entry: str, redis_url: str, prefix: str) -> None:
     Console().print(table(("field", "value"), rows))
 
 
-@dead.command(epilog="Example: lorayard dead resubmit 1790000000000-0 --id another-id", context_settings=HELP)
+@dead.command(
+    short_help="Send ENTRY again, to its class.",
+    epilog="Example: lorayard dead resubmit 1790000000000-0 --id another-id",
+    context_settings=HELP,
+)
 @click.argument("entry")
 @click.option("--id", "job_id", metavar="NEW", help="Send it under this id. Needed if the job named its own.")
 @redis_options

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from redis.exceptions import RedisError
 
+from lorayard.shared.job import BASE
 from lorayard.shared.keys import CLASSES, Keys, rq_queue
 
 from .placer import LEASE_MS
@@ -19,7 +20,7 @@ LANES_SHOWN = 20
 
 
 class SlotSeen(NamedTuple):
-    """A slot. jobs: of its combination on the GPU, queued and running."""
+    """A slot, or the base if it has jobs. jobs: of the combination on the GPU, queued and running."""
 
     combination: str
     closing: bool
@@ -133,6 +134,8 @@ def _gpu(
         SlotSeen(clean(table[index]), table.get(index + b".state") == b"closing", jobs.get(table[index], 0))
         for index in sorted(filter(bytes.isdigit, table), key=int)
     )
+    if BASE.encode() in jobs:
+        slots += (SlotSeen(BASE, False, jobs[BASE.encode()]),)
     state = clean(said.get(b"state", b"no worker"))
     if said and now_ms - whole(said.get(b"beat_ms")) >= LEASE_MS:
         state = "silent"

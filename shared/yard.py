@@ -113,7 +113,9 @@ Send it a job and read the answer, with any Redis client or with ours:
 
   {redis_cli} XADD {self.keys.stream("normal")} '*' {job}
   {redis_cli} XREAD BLOCK 30000 STREAMS {self.keys.out("hello")} 0
-  LORAYARD_REDIS_URL='{url}' lorayard submit 'What does len do?'{option}
+  export LORAYARD_REDIS_URL='{url}'
+  lorayard submit 'What does len do?'{option}
+  lorayard top
 """
 
     def _spawn(self, name: str) -> None:

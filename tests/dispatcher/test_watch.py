@@ -44,6 +44,7 @@ def crowded(yard: LiveYard) -> None:
         yard.running(yard.send(prompt=HOLD, adapter="a"))
     for _ in range(12):
         yard.send("yard:in:batch", prompt=HOLD, adapter="a")
+    yard.until(lambda: yard.redis.hget(KEYS.depth, "batch") == b"12")
     yard.send(id="a b")
     yard.until(lambda: yard.dead() and yard.redis.llen(KEYS.lane("batch", combination("a"))) == 4)
 
