@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import msgpack
@@ -160,11 +160,13 @@ class Job:
 
     def pack(self) -> bytes:
         """The request as stored in Redis: a msgpack map with the format's version in `v`."""
-        body = {f.name: getattr(self, f.name) for f in fields(self)}
-        sampling = {f.name: getattr(self.sampling, f.name) for f in fields(self.sampling)}
-        body |= {"v": WIRE_VERSION, "lora": self.lora.adapters, "sampling": sampling}
-        packed: bytes = msgpack.packb(body)
+        packed: bytes = msgpack.packb(self._body())
         return packed
+
+    def _body(self) -> dict[str, Any]:
+        body = {name: getattr(self, name) for name in _JOB_FIELDS}
+        sampling = {name: getattr(self.sampling, name) for name in _SAMPLING_FIELDS}
+        return body | {"v": WIRE_VERSION, "lora": self.lora.adapters, "sampling": sampling}
 
     @classmethod
     def unpack(cls, data: bytes) -> Job:
@@ -179,6 +181,11 @@ class Job:
 
     def fingerprint(self, drawn_seed: bool) -> str:
         """Digest of the request itself: equal for a re-submission, whatever seed and adapter bytes were bound to it."""
-        sampling = replace(self.sampling, seed=None) if drawn_seed else self.sampling
-        request = replace(self, digests=(), sampling=sampling)
-        return hashlib.blake2b(request.pack(), digest_size=16).hexdigest()
+        body = self._body() | {"digests": ()}
+        if drawn_seed:
+            body["sampling"]["seed"] = None
+        return hashlib.blake2b(msgpack.packb(body), digest_size=16).hexdigest()
+
+
+_JOB_FIELDS = [field.name for field in fields(Job)]
+_SAMPLING_FIELDS = [field.name for field in fields(SamplingParams)]

@@ -79,7 +79,8 @@ class Scripts:
         fields: Mapping[str, Value], pipe: Pipeline | None = None,
     ) -> Any:  # fmt: skip
         """-> accepted | assigned | duplicate | conflict | busy | expired | cancelled | stale"""
-        return self._run("accept", [stream], [entry, job_id, lane, fingerprint, limit, gpu, *_flat(fields)], pipe)
+        args = [entry, job_id, lane, fingerprint, limit, gpu, msgpack.packb(_texts(fields), use_bin_type=False)]
+        return self._run("accept", [stream], args, pipe)
 
     def reject(
         self, stream: str, entry: str, job_id: str, fingerprint: str, code: str, message: str,
@@ -160,10 +161,7 @@ class Scripts:
         self, gpu: str, worker: str, messages: Sequence[Message] = (), obeyed: Iterable[str] = ()
     ) -> News:  # fmt: skip
         """Tell what came of running jobs, hear what is new. `obeyed`: stops of earlier news. Raises Superseded."""
-        rows = [
-            (lease.id, lease.execution, status, [part if isinstance(part, str) else str(part) for part in _flat(event)])
-            for lease, event, status in messages
-        ]
+        rows = [(lease.id, lease.execution, status, _texts(event)) for lease, event, status in messages]
         heard = self._run("report", [], [gpu, worker, msgpack.packb(rows), *obeyed])
         if heard == 0:
             raise Superseded(f"{gpu} has been given to another worker")
@@ -174,6 +172,11 @@ class Scripts:
 
 def _flat(fields: Mapping[str, Value]) -> list[Value]:
     return [part for pair in fields.items() for part in pair]
+
+
+def _texts(fields: Mapping[str, Value]) -> list[str | bytes]:
+    """To be packed into one argument: client and server read it far faster than many arguments."""
+    return [part if isinstance(part, str | bytes) else str(part) for part in _flat(fields)]
 
 
 def _text(answer: Any) -> Any:

@@ -1,7 +1,7 @@
 -- A valid stream entry becomes a job, once: XACK succeeds for one dispatcher only.
 -- KEYS[1] intake stream. ARGV[3] entry, [4] id, [5] lane CLASS:COMBINATION, [6] fingerprint, [7] most jobs of the class,
--- [8] GPU to try first or '', [9..] fields of the job's hash in pairs (reply, batch, req, ..., and ttl as `keep`, because RQ
--- would apply a field `ttl` to the waiting job).
+-- [8] GPU to try first or '', [9] fields of the job's hash in pairs, packed by msgpack (reply, batch, req, ..., and ttl as
+-- `keep`, because RQ would apply a field `ttl` to the waiting job).
 -- -> accepted | assigned | duplicate | conflict | busy | expired | cancelled | stale
 local stream, entry, id, lane, fingerprint = KEYS[1], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 if call('XACK', stream, 'yard', entry) == 0 then return 'stale' end
@@ -16,7 +16,8 @@ local function accept()
   end
   call('DEL', key, P .. 'out:' .. id, P .. 'reply:' .. id)
   call('HSET', key, 'fp', fingerprint, 'lane', lane, 'ms', now, 'status', 'deferred', 'origin', 'lanes',
-    'created_at', utc(now), 'enqueued_at', '', 'started_at', '', 'ended_at', '', 'worker_name', '', unpack(ARGV, 9))
+    'created_at', utc(now), 'enqueued_at', '', 'started_at', '', 'ended_at', '', 'worker_name', '',
+    unpack(cmsgpack.unpack(ARGV[9])))
   if call('DEL', P .. 'cancelled:' .. id) == 1 then
     answer(id, 'canceled', {'ev', 'cancelled'})
     return 'cancelled'
