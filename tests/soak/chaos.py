@@ -42,6 +42,8 @@ AGAIN_S = 5.0
 """A client that sees no end of a job for so long sends it again."""
 VICTIMS = (["worker"] * 5) + (["dispatcher"] * 4) + (["redis"] * 2) + ["supervisor"]
 SETTLED_S = 60.0
+LAST_KILL = 0.85
+"""Part of the jobs that is answered when the last kill is due."""
 DISPATCHERS = ("dispatcher-0", "dispatcher-1")
 
 
@@ -235,7 +237,7 @@ def chaos(folder: Path, jobs: int, kills: int, seed: int, seconds: float, say: A
         texts = [calm.finals[f"calm-{number}"]["text"] for number in range(KINDS)]
         victims = (VICTIMS * (kills // len(VICTIMS) + 1))[:kills]
         chance.shuffle(victims)
-        moments = sorted(chance.uniform(0, 0.95 * jobs) for _ in victims)
+        moments = sorted(chance.uniform(0, LAST_KILL * jobs) for _ in victims)
         began, killed = time.monotonic(), Counter[str]()
         clients = start_clients(processes.url, jobs, chance)
         for done in finish(processes, clients, seconds):
