@@ -55,7 +55,7 @@ def test_a_job_that_kills_its_worker_is_crashed_and_its_mates_complete(yard, sus
     mates = [yard.submit(prompt=QUESTION, seed=at, min_tokens=100, max_tokens=100) for at in range(6)]
     yard.until(lambda: all(status(yard, job) == "queued" for job in (poison, *mates)))
     suspended()
-    killed = []
+    killed: list[int] = []
     while len(killed) < 3:
         yard.until(lambda: status(yard, poison) == "started")
         pid = yard.workers()[yard.redis.hget(f"rq:job:{poison}", "gpu")]
