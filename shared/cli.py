@@ -62,7 +62,7 @@ def redis_options(function: Decorated) -> Decorated:
         default=DEFAULT_URL,
         show_default=True,
         show_envvar=True,
-        help="redis://, rediss:// or unix:// address. A password is safer in the variable than in the command.",
+        help="redis://, rediss://, unix:// or redis+sentinel:// address. The variable hides a password better.",
     )
     return option(prefix_option(function))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
+import os
+import re
 import shutil
 import signal
 import socket
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 import redis as redis_py
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from lorayard.shared import embedded
 from lorayard.shared.children import spawn
@@ -39,12 +42,21 @@ def password(user: str) -> str:
     return f"{user}'s se/cr:et@"
 
 
+def documented(mark: str) -> str:
+    """The shell block of docs/operations.md that has these words."""
+    blocks: list[str] = re.findall(
+        r"```sh\n(.*?)```", (DEPLOY.parent.parent / "docs/operations.md").read_text(), re.DOTALL
+    )
+    [found] = [block for block in blocks if mark in block]
+    return found
+
+
 def write_users(folder: Path, version: tuple[int, ...]) -> None:
-    """The shipped users with passwords, as docs/operations.md makes them."""
-    text = (DEPLOY / f"users-{'7' if version >= (7,) else '6.2'}.acl").read_text()
-    for user in USERS:
-        text = text.replace(f"@{user.upper()}@", hashlib.sha256(password(user).encode()).hexdigest())
-    (folder / "users.acl").write_text(text)
+    """The shipped users with passwords, by the commands of docs/operations.md."""
+    name = f"users-{'7' if version >= (7,) else '6.2'}.acl"
+    shutil.copy(DEPLOY / name, folder)
+    env = os.environ | {f"{user.upper()}_PASSWORD": password(user) for user in USERS}
+    run("sh", "-euc", documented("@ADMIN@").replace("users-7.acl", name), cwd=folder, env=env)
 
 
 class Server:
@@ -76,7 +88,7 @@ class Server:
         return text[text.rfind("Redis is starting") :]
 
     def client(self, **options: Any) -> Any:
-        return redis_py.Redis(port=self.port, **options)
+        return redis_py.Redis(port=self.port, **{"retry": Retry(NoBackoff(), 0)} | options)
 
     @property
     def url(self) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
 
 from lorayard.dispatcher.client import Client
 from lorayard.shared.connect import connect, display
@@ -15,7 +17,7 @@ from lorayard.shared.embedded import find_server
 from lorayard.shared.errors import RedisUnavailable, UsageError
 
 from ..conftest import missing
-from .conftest import DEPLOY, Server, Starter, free_port, password, run, write_users
+from .conftest import DEPLOY, Server, Starter, documented, free_port, password, run, write_users
 from .test_trouble import Yard, until
 
 OPENSSL = shutil.which("openssl")
@@ -23,9 +25,7 @@ OPENSSL = shutil.which("openssl")
 
 def make_certificates(folder: Path) -> None:
     """ca.crt, redis.crt and redis.key for localhost, as docs/operations.md makes them."""
-    text = (DEPLOY.parent.parent / "docs" / "operations.md").read_text()
-    script = text.partition("<!-- certificates -->\n```sh\n")[2].partition("```")[0]
-    run("sh", "-ec", script, cwd=folder)
+    run("sh", "-euc", documented("openssl"), cwd=folder)
 
 
 @pytest.fixture
@@ -114,7 +114,8 @@ def test_a_fail_over_loses_nothing(cluster: Any) -> None:
         client.set("mark", 1)
         assert client.wait(1, 5000) == 1  # the replica has what was submitted
         primary.kill()
-        until(lambda: replica.client().info("replication")["role"] == "master", 20)
+        patient = replica.client(retry=Retry(ConstantBackoff(0.1), 50))  # a new primary ends its old connections
+        until(lambda: patient.info("replication")["role"] == "master", 20)
         yard.all_done(jobs + yard.submit(5, "later"))
     finally:
         yard.close()

@@ -12,9 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, NoPermissionError, ResponseError
-from redis.retry import Retry
 
 from lorayard.demo import ADAPTERS, BASE
 from lorayard.dispatcher.client import Client, JobFailed
@@ -141,7 +139,7 @@ def test_the_service_may_not(yard: Any, words: str) -> None:
 
 def test_nobody_comes_in_without_a_name(yard: Any) -> None:
     with pytest.raises((AuthenticationError, ResponseError)):
-        yard.server.client(retry=Retry(NoBackoff(), 0)).ping()
+        yard.server.client().ping()
     yard.admin.acl_log_reset()
 
 
@@ -160,3 +158,9 @@ def test_the_service_may_all_that_the_scripts_do(file: str) -> None:
         name for path in LUA.glob("*.lua") for name in re.findall(r"\bcall\('([A-Z]+)'", path.read_text())
     }  # fmt: skip
     assert len(called) > 20 and {f"+{name.lower()}" for name in called} <= set(rights)
+
+
+def test_every_line_of_the_configuration_is_explained() -> None:
+    text = (DEPLOY.parent.parent / "docs/operations.md").read_text()
+    lines = [line for line in (DEPLOY / "redis.conf").read_text().splitlines() if not line.startswith("#")]
+    assert len(lines) > 8 and not [line for line in lines if f"`{line}`" not in text]
