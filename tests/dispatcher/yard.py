@@ -240,6 +240,8 @@ class SimulatedYard:
     def check_holders(self) -> None:
         """After the placer, jobs are queued only where their adapters are."""
         for gpu, held in self.held.items():
+            if held == DIGESTS.keys():
+                continue
             for job_id in map(bytes.decode, self.redis.lrange(f"rq:queue:{gpu}", 0, -1)):
                 missing = {*sets(self.sent[job_id]["adapter"])} - held
                 assert not missing, f"{job_id} is queued on {gpu}, which has no {missing}"
