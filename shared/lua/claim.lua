@@ -34,7 +34,7 @@ local function start(id, f)
     for _, earlier in ipairs(call('ZRANGE', 'rq:executions:' .. id, 0, -1)) do -- RQ has requeued it meanwhile
       drop_lease(gpu, worker, id, earlier)
     end
-    if f[7] == '1' then call('XADD', P .. 'out:' .. id, '*', 'ev', 'restart', 'attempt', attempt) end
+    if f[7] == '1' then tell('XADD', P .. 'out:' .. id, '*', 'ev', 'restart', 'attempt', attempt) end
   end
   call('HSET', 'rq:execution:' .. composite, 'id', execution, 'job_id', id, 'created_at', now / 1000,
     'last_heartbeat', now / 1000, 'worker_name', worker)

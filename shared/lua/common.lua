@@ -77,6 +77,9 @@ local function as_json(event)
   return cjson.encode(object)
 end
 
+-- Writes where a client reads. A client that has put something else under that name gets no answer; nobody else suffers.
+local tell = redis.pcall
+
 -- Writes the one final event where the client asked for it, and turns the job into a tombstone that lives for ttl.
 local function answer(id, status, event)
   local key = job_key(id)
@@ -85,13 +88,13 @@ local function answer(id, status, event)
   call('HDEL', key, 'req')
   if f[5] then call('ZREM', P .. 'deadlines', id) end
   if f[1] == 'list' then
-    call('RPUSH', P .. 'reply:' .. id, as_json(event))
+    tell('RPUSH', P .. 'reply:' .. id, as_json(event))
     call('EXPIRE', P .. 'reply:' .. id, ttl)
   elseif f[1] == 'batch' then
-    call('XADD', P .. 'res:' .. f[2], '*', 'id', id, unpack(event))
+    tell('XADD', P .. 'res:' .. f[2], '*', 'id', id, unpack(event))
     call('EXPIRE', P .. 'res:' .. f[2], ttl)
   elseif f[1] == 'stream' then
-    call('XADD', P .. 'out:' .. id, '*', unpack(event))
+    tell('XADD', P .. 'out:' .. id, '*', unpack(event))
     call('EXPIRE', P .. 'out:' .. id, ttl)
   end
   local at = utc_now()

@@ -9,7 +9,7 @@ local ended = {successful_job_count = 0, failed_job_count = 0}
 
 local function emit(id, execution, event)
   if not call('ZSCORE', wip_key(gpu), id .. ':' .. execution) then return 0 end
-  call('XADD', P .. 'out:' .. id, '*', unpack(event))
+  tell('XADD', P .. 'out:' .. id, '*', unpack(event))
   return 1
 end
 

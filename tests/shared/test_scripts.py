@@ -364,3 +364,22 @@ def test_an_answered_job_that_rq_requeues_is_dropped(client: Client, worker: Fak
     assert client.cancel("j") == "over"
     assert worker.claim() == [] and client.queue() == []
     assert client.depth() == 0 and client.load() == {}
+
+
+@pytest.mark.parametrize("reply", ["stream", "list", "batch"])
+def test_a_client_that_breaks_its_own_answer_harms_nobody(client: Client, worker: FakeWorker, reply: str) -> None:
+    for job_id in ("broken", "sound"):
+        client.send(job_id, gpu=worker.gpu, reply=reply, batch="b", stream=1)
+    assert len(worker.claim()) == 2
+    assert client.scripts.release(worker.gpu, worker.name) == 2
+    for name in (KEYS.out("broken"), KEYS.reply("broken"), KEYS.results("b")):
+        client.redis.config_set("maxmemory", 256 << 20)
+        client.redis.set(name, "not what the yard writes")
+    assert worker.register() and client.scripts.open(worker.gpu, 0, A) == 1
+    assert client.scripts.assign(f"normal:{A}", worker.gpu, 9) == 2
+    assert [lease.attempt for lease in worker.claim()] == [2, 2]
+    assert worker.emit("broken", "text") == 1 and worker.done("broken") == 1 and worker.done("sound") == 1
+    assert [client.status(job_id) for job_id in ("broken", "sound")] == ["finished", "finished"]
+    assert client.depth() == 0 and client.load() == {}
+    if reply == "stream":
+        assert [event["ev"] for event in events(client.redis, "sound")][-1] == "done"
