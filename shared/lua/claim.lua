@@ -85,4 +85,5 @@ if limit ~= tonumber(g[2] or 0) then call('HSET', gpu_key(gpu), 'group', limit) 
 if #rows == 0 then return '' end
 call('ZADD', wip_key(gpu), unpack(wip))
 call('SADD', executions, unpack(composites))
+call('HSET', 'rq:worker:' .. worker, 'state', 'busy') -- RQ's tools need not wait for the next beat
 return cmsgpack.pack(rows)
