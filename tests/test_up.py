@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,10 @@ def command_line(pid: int) -> list[str]:
 def family(pid: int) -> list[int]:
     """The process's living descendants."""
     found = []
-    for listing in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, listing.read_text().split()):
-            found += [child, *family(child)]
+    with suppress(OSError):  # a process may end while we look
+        for listing in Path(f"/proc/{pid}/task").glob("*/children"):
+            for child in map(int, listing.read_text().split()):
+                found += [child, *family(child)]
     return [child for child in found if command_line(child)]
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +100,13 @@ class Yard:
     def children(self, word: str, of: int | None = None) -> list[int]:
         """Process ids below `up` (or another process) whose command line has the word."""
         found = []
-        for child in Path(f"/proc/{of or self.process.pid}/task").glob("*/children"):
-            for pid in map(int, child.read_text().split()):
-                if word in Path(f"/proc/{pid}/cmdline").read_text().split("\0"):
-                    found.append(pid)
-                found += self.children(word, pid)
+        with suppress(OSError):  # a process may end while we look
+            for child in Path(f"/proc/{of or self.process.pid}/task").glob("*/children"):
+                for pid in map(int, child.read_text().split()):
+                    with suppress(OSError):
+                        if word in Path(f"/proc/{pid}/cmdline").read_text().split("\0"):
+                            found.append(pid)
+                    found += self.children(word, pid)
         return found
 
     def workers(self) -> dict[str, int]:
