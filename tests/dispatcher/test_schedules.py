@@ -12,7 +12,7 @@ from lorayard.shared.scripts import Scripts
 from .fake import KEYS
 from .yard import HOLD_MS, SETS, SimulatedYard
 
-CHUNKS, PER_CHUNK = 20, 75
+CHUNKS, PER_CHUNK = 20, 100
 OPERATIONS = {"submit": 12, "repeat": 2, "cancel": 2, "crash": 1, "leave": 1, "join": 2, "haunt": 1, "meddle": 1,
               "shelve": 1}  # fmt: skip
 
