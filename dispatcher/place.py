@@ -1,7 +1,7 @@
 """Where jobs run: the placement policy, pure, from a view of the yard to the moves to make.
 
 A combination of adapters has a home where a slot is open for it. It goes only to GPUs whose hosts hold its adapters: a
-slot whose combination its host has lost is closed at once. Then four rules, in this order:
+slot whose combination its host has lost is closed at once. Then these rules:
 
 1. House. A combination with waiting jobs and no home takes back a slot that is closing on it, else a slot that has
    drained and that nobody waits for. Once homeless for T it has priority by its time without a home, and a slot is
@@ -9,8 +9,9 @@ slot whose combination its host has lost is closed at once. Then four rules, in 
    GPU, and at most max(1, K/4) of a GPU's K slots are closing at once. Closed slots drain and are then opened anew.
 2. Feed. A home without any job gets its oldest first. Then the classes by urgency, though each lower class that waits
    gets a tenth of all; in a class the lane with the oldest head first, in chunks; always to the least loaded home.
-   The base needs no slot.
-3. Spread. A combination whose homes have no room takes a drained and unwanted slot of another GPU as a second home.
+   The base needs no slot. First only up to a GPU's seats, then
+3. Spread. A combination that has jobs left takes a drained and unwanted slot of another GPU with a free seat as a second
+   home. When this brings no more, queues are filled beyond the seats, so that a GPU never waits for this policy.
 4. The Lua scripts check every move again, so a view that is out of date costs a wasted move and never a wrong one.
 
 Bound: while its GPUs live, a combination has a home after at most T + ceil(R / C) * (T/2 + 2D): R combinations, itself
@@ -21,7 +22,8 @@ at most 38 s.
 
 from __future__ import annotations
 
-from collections import defaultdict
+import sys
+from collections import defaultdict, deque
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -135,8 +137,10 @@ def place(view: YardView, now_ms: int, hold_ms: int = HOLD_MS) -> list[Action]:
     plan = _Plan(view, now_ms, hold_ms)
     plan.evict()
     plan.house()
-    plan.feed()
-    plan.spread()
+    plan.feed(plan.seats)
+    if plan.spread():
+        plan.feed(plan.seats)
+    plan.feed(plan.depth)
     return [*plan.moves, *(Assign(*key, most) for key, most in plan.assigned.items())]
 
 
@@ -160,9 +164,9 @@ class _Plan:
         self.view, self.now_ms, self.hold_ms = view, now_ms, hold_ms
         self.moves: list[Action] = []
         self.assigned: dict[tuple[str, str, str], int] = {}
-        self.room = {gpu.name: max(gpu.room, 0) for gpu in view.gpus}
         self.busy = {gpu.name: sum(gpu.load.values()) for gpu in view.gpus}
         self.seats = {gpu.name: max(gpu.seats, 1) for gpu in view.gpus}
+        self.depth = {gpu.name: self.busy[gpu.name] + max(gpu.room, 0) for gpu in view.gpus}
         self.waiting = {(lane.cls, lane.combination): lane.jobs for lane in view.lanes}
         self.wanted = {lane.combination for lane in view.lanes}
         self.slots = [
@@ -185,11 +189,15 @@ class _Plan:
         for slot in self.slots:
             if slot.combination and not slot.closing and not self.gpus[slot.gpu].holds(slot.combination):
                 self._close(slot)
-        self.vacant = [
+        vacant = [
             slot
             for slot in self.slots
             if not slot.load and (slot.combination is None or slot.closing or slot.combination not in self.wanted)
         ]
+        vacant.sort(key=lambda slot: (slot.combination is not None, slot.since_ms))
+        self.vacant: dict[str, deque[_Slot]] = {gpu: deque() for gpu in self.gpus}
+        for slot in vacant:
+            self.vacant[slot.gpu].append(slot)
         self.closing = [slot for slot in self.slots if slot.closing]
         self.served = [
             slot
@@ -209,7 +217,8 @@ class _Plan:
             overdue, since = self._overdue(combination), self._since(combination)
             return not overdue, 0 if overdue else urgency[combination], since, combination
 
-        for combination in sorted(homeless(self.view), key=order):
+        homes = self._homes()
+        for combination in sorted((one for one in self.wanted if not homes[one]), key=order):
             slot = self._closing_on(combination) or self._vacant(combination)
             if slot is not None:
                 self._open(slot, combination)
@@ -226,16 +235,17 @@ class _Plan:
         own = [slot for slot in self.holders[combination] if self._free_for(slot, combination)]
         return min(own, key=self._least_loaded, default=None)
 
-    def _vacant(self, combination: str, room: int = 0) -> _Slot | None:
-        """A drained slot that nobody waits for, on a GPU that has room and no other slot with the combination."""
-        self.vacant = [slot for slot in self.vacant if not slot.taken and not slot.load]
+    def _vacant(self, combination: str, seats: int = 0) -> _Slot | None:
+        """A drained slot that nobody waits for, on a GPU with `seats` free and no other slot of the combination."""
         holders = {slot.gpu for slot in self.holders[combination]}
-        vacant = [
-            slot
-            for slot in self.vacant
-            if self.room[slot.gpu] >= room and slot.gpu not in holders and self._free_for(slot, combination)
-        ]
-        return min(vacant, key=self._least_loaded, default=None)
+        first = []
+        for gpu, vacant in self.vacant.items():
+            while vacant and vacant[0].taken:
+                vacant.popleft()
+            if vacant and gpu not in holders and self._room(gpu, self.seats) >= seats:
+                first.append(vacant[0])
+        fit = [slot for slot in first if self.gpus[slot.gpu].holds(combination)]
+        return min(fit, key=self._least_loaded, default=None)
 
     def _free_for(self, slot: _Slot, combination: str) -> bool:
         return not slot.taken and self.gpus[slot.gpu].holds(combination)
@@ -271,8 +281,9 @@ class _Plan:
         self.may_close[slot.gpu] -= 1
         slot.closing = True
 
-    def feed(self) -> None:
-        """Rule 2."""
+    def feed(self, most: Mapping[str, int]) -> None:
+        """Rule 2, up to `most` jobs on each GPU."""
+        self.most = most
         homes = self._homes()
         lanes = sorted(self.view.lanes, key=lambda lane: lane.head_ms)
         for lane in lanes:
@@ -280,52 +291,56 @@ class _Plan:
                 if not slot.load:
                     slot.load = self._assign(lane, slot.gpu, 1)
         for cls in reversed(CLASSES[1:]):
-            self._feed_class([lane for lane in lanes if lane.cls == cls], self.view.owed.get(cls, 0), homes)
+            own = [lane for lane in lanes if lane.cls == cls]
+            given = sum(lane.jobs - self.waiting[cls, lane.combination] for lane in own)
+            self._feed_class(own, self.view.owed.get(cls, 0) - given, homes)
         for cls in CLASSES:
-            self._feed_class([lane for lane in lanes if lane.cls == cls], sum(self.room.values()), homes)
+            self._feed_class([lane for lane in lanes if lane.cls == cls], sys.maxsize, homes)
 
     def _homes(self) -> dict[str, list[_Slot]]:
-        """Open slots by combination; the base is at home on every GPU."""
-        homes: dict[str, list[_Slot]] = defaultdict(list)
-        for slot in self.slots:
-            if slot.combination is not None and not slot.closing:
-                homes[slot.combination].append(slot)
-        homes[BASE] = [_Slot(gpu, -1, BASE, False, 0, 1) for gpu in self.room]
+        """Open slots of each combination with waiting jobs; the base is at home on every GPU."""
+        homes = {one: [slot for slot in self.holders[one] if not slot.closing] for one in self.wanted}
+        homes[BASE] = [_Slot(gpu, -1, BASE, False, 0, 1) for gpu in self.gpus]
         return homes
 
+    def _room(self, gpu: str, most: Mapping[str, int]) -> int:
+        return min(most[gpu], self.depth[gpu]) - self.busy[gpu]
+
     def _feed_class(self, lanes: list[Lane], most: int, homes: Mapping[str, list[_Slot]]) -> None:
+        """Give `most` jobs of the class away; a turn that an earlier round left unfinished is finished first."""
+        given = {lane: lane.jobs - self.waiting[lane.cls, lane.combination] for lane in lanes}
+        lanes = sorted(lanes, key=lambda lane: (given[lane] // CHUNK, lane.head_ms))
         while lanes and most > 0:
             hungry = []
             for lane in lanes:
-                gpus = [slot.gpu for slot in homes[lane.combination] if self.room[slot.gpu]]
+                gpus = [slot.gpu for slot in homes[lane.combination] if self._room(slot.gpu, self.most) > 0]
                 if gpus and self.waiting[lane.cls, lane.combination] and most > 0:
                     gpu = min(gpus, key=lambda gpu: self.busy[gpu] / self.seats[gpu])
-                    most -= self._assign(lane, gpu, min(CHUNK, most))
+                    moved = self._assign(lane, gpu, min(CHUNK - given[lane] % CHUNK, most))
+                    given[lane] += moved
+                    most -= moved
                     hungry.append(lane)
             lanes = hungry
 
     def _assign(self, lane: Lane, gpu: str, most: int) -> int:
-        moved = min(most, self.room[gpu], self.waiting[lane.cls, lane.combination])
+        moved = min(most, max(self._room(gpu, self.most), 0), self.waiting[lane.cls, lane.combination])
         if moved:
             key = (lane.cls, lane.combination, gpu)
             self.assigned[key] = self.assigned.get(key, 0) + moved
             self.waiting[lane.cls, lane.combination] -= moved
-            self.room[gpu] -= moved
             self.busy[gpu] += moved
         return moved
 
-    def spread(self) -> None:
-        """Rule 3."""
+    def spread(self) -> bool:
+        """Rule 3; True if a second home was opened."""
         homes = self._homes()
         spreading = False
         for lane in sorted(self.view.lanes, key=lambda lane: lane.head_ms):
-            full = homes[lane.combination] and not any(self.room[slot.gpu] for slot in homes[lane.combination])
-            if lane.combination == BASE or not full or not self.waiting[lane.cls, lane.combination]:
-                continue
-            slot = self._vacant(lane.combination, room=1)
-            if slot is not None:
-                self._open(slot, lane.combination)
-                homes[lane.combination].append(slot)
-                spreading = True
-        if spreading:
-            self.feed()
+            full = not any(self._room(slot.gpu, self.seats) > 0 for slot in homes[lane.combination])
+            if homes[lane.combination] and full and self.waiting[lane.cls, lane.combination]:
+                slot = self._vacant(lane.combination, seats=1)
+                if slot is not None:
+                    self._open(slot, lane.combination)
+                    homes[lane.combination].append(slot)
+                    spreading = True
+        return spreading

@@ -14,6 +14,7 @@ The naive policy gives a GPU a new bank of adapters, those with the oldest jobs,
 from __future__ import annotations
 
 import bisect
+import gc
 import heapq
 import itertools
 import math
@@ -156,9 +157,11 @@ class Yard:
         lanes = heapq.nsmallest(MOST_LANES, lanes, key=lambda lane: lane.head_ms)
         view = YardView(tuple(worker.gpu() for worker in self.workers.values()), tuple(lanes))
         self.homeless = {name: self.homeless.get(name, now_ms) for name in homeless(view)}
+        gc.disable()  # it would walk the simulation's heap
         start = time.thread_time()
         moves = self.policy(YardView(view.gpus, view.lanes, self.homeless), now_ms)
         self.placing.append(time.thread_time() - start)
+        gc.enable()
         for move in moves:
             self._apply(move, now, now_ms)
         self._at(now + BUSY_TICK_S, "tick")

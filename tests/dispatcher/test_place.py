@@ -109,6 +109,13 @@ SCENARIOS: dict[str, tuple[list[Gpu], list[Lane], dict[str, int], list[Action]]]
     "a lane whose home is full gets a second one": (
         [gpu("g", 0, slots=(X,), x=8), gpu("h", slots=(EMPTY,))], [lane("x", 3)], {},
         [Open("h", 0, "x"), a("x", 3, "h")]),
+    "before it queues where no seat is free": (
+        [gpu("g", slots=(X,), x=3), gpu("h", slots=(EMPTY,))], [lane("x", 3)], {},
+        [Open("h", 0, "x"), a("x", 1, "g"), a("x", 2, "h")]),
+    "not while a seat at home is free": (
+        [gpu("g", slots=(X,), x=1), gpu("h", slots=(EMPTY,))], [lane("x", 3)], {}, [a("x", 3, "g")]),
+    "and it queues when no seat is free elsewhere": (
+        [gpu("g", slots=(X,), x=4), gpu("h", slots=(EMPTY, Y), y=4)], [lane("x", 3)], {}, [a("x", 3, "g")]),
     "but takes nobody's": (
         [gpu("g", 0, slots=(X,), x=8), gpu("h", slots=(Y,), y=1)], [lane("x", 3)], {}, []),
     "and not after a homeless one": (
