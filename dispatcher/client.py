@@ -12,11 +12,8 @@ from typing import Any
 
 from redis import Redis
 from redis import asyncio as redis_asyncio
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
-from lorayard.shared.connect import SOCKET_TIMEOUT_S, connect, display
-from lorayard.shared.errors import UsageError
+from lorayard.shared.connect import connect, connect_async
 from lorayard.shared.keys import Keys
 
 from .answers import (
@@ -106,7 +103,7 @@ class AsyncClient:
     """`Client` for asyncio, with the same verbs. `async with` closes its connections; `redis` may be a client's own."""
 
     def __init__(self, redis: str | redis_asyncio.Redis, prefix: str = "yard:") -> None:
-        self.redis: Any = _connect(redis) if isinstance(redis, str) else redis
+        self.redis: Any = connect_async(redis) if isinstance(redis, str) else redis
         self.keys = Keys(prefix)
 
     async def __aenter__(self) -> AsyncClient:
@@ -170,11 +167,3 @@ class AsyncClient:
 
 def _ms(seconds: float) -> int:
     return max(int(seconds * 1000), 1)
-
-
-def _connect(url: str) -> redis_asyncio.Redis:
-    """A client that connects at its first command and, like `connect`, sends nothing twice."""
-    try:
-        return redis_asyncio.Redis.from_url(url, socket_timeout=SOCKET_TIMEOUT_S, retry=Retry(NoBackoff(), 0))
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"the Redis URL {display(url)} is malformed: {error}") from None

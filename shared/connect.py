@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
 import redis
@@ -28,6 +28,9 @@ from redis.retry import Retry
 from redis.sentinel import Sentinel
 
 from .errors import RedisUnavailable, UsageError
+
+if TYPE_CHECKING:
+    from redis import asyncio as redis_asyncio
 
 OLDEST = (6, 2, 0)
 """Oldest Redis that has every command we use; Valkey's numbers are all higher."""
@@ -99,10 +102,53 @@ def connect(url: str, **options: Any) -> redis.Redis:
     return client
 
 
+def connect_async(url: str) -> redis_asyncio.Redis:
+    """A client for asyncio that connects at its first command and, like `connect`, sends nothing twice.
+
+    The same URLs. Raises UsageError for a malformed one.
+    """
+    from redis import asyncio as redis_asyncio
+    from redis.asyncio.retry import Retry as AsyncRetry
+    from redis.asyncio.sentinel import Sentinel as AsyncSentinel
+
+    options: dict[str, Any] = {"socket_timeout": SOCKET_TIMEOUT_S, "retry": AsyncRetry(NoBackoff(), 0)}
+    try:
+        watched = _watched(url, options)
+        client: redis_asyncio.Redis
+        if watched is None:
+            client = redis_asyncio.Redis.from_url(url, **options)
+        else:
+            sentinel = AsyncSentinel(watched.sentinels, sentinel_kwargs=watched.sentinel_options)
+            client = sentinel.master_for(watched.service, **watched.options)
+        client.connection_pool.make_connection()  # which refuses options that there are not
+        return client
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"the Redis URL {display(url)} is malformed: {error}") from None
+
+
 def _client(url: str, options: dict[str, Any]) -> redis.Redis:
+    watched = _watched(url, options)
+    if watched is None:
+        return redis.Redis.from_url(url, **options)
+    sentinel = Sentinel(watched.sentinels, sentinel_kwargs=watched.sentinel_options)
+    client: redis.Redis = sentinel.master_for(watched.service, **watched.options)
+    return client
+
+
+class _Watched(NamedTuple):
+    """A Redis behind sentinels: their (host, port)s and options, the name that they know it by, its own options."""
+
+    sentinels: list[tuple[str, int]]
+    sentinel_options: dict[str, Any]
+    service: str
+    options: dict[str, Any]
+
+
+def _watched(url: str, options: dict[str, Any]) -> _Watched | None:
+    """What a URL of sentinels says, None for another URL. Raises ValueError."""
     scheme, _, rest = url.partition("://")
     if scheme not in SENTINEL_SCHEMES:
-        return redis.Redis.from_url(url, **options)
+        return None
     place, _, query = rest.partition("?")
     user, at, place = place.rpartition("@")
     hosts, _, path = place.partition("/")
@@ -113,9 +159,8 @@ def _client(url: str, options: dict[str, Any]) -> redis.Redis:
     tls = parsed.pop("connection_class", None) is not None
     own = {name.removeprefix("sentinel_"): parsed.pop(name) for name in list(parsed) if name.startswith("sentinel_")}
     common = options | {name: value for name, value in parsed.items() if name.startswith("ssl_")} | {"ssl": tls}
-    sentinel = Sentinel([_address(host) for host in hosts.split(",")], sentinel_kwargs=common | own)
-    client: redis.Redis = sentinel.master_for(unquote(service), **options | parsed | {"ssl": tls, "host": None})
-    return client
+    addresses = [_address(host) for host in hosts.split(",")]
+    return _Watched(addresses, common | own, unquote(service), options | parsed | {"ssl": tls, "host": None})
 
 
 def _address(host: str) -> tuple[str, int]:

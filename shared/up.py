@@ -130,6 +130,8 @@ def _worker_arguments(
 
 def _redis_cli(embedded: EmbeddedRedis | None, url: str) -> str:
     """The redis-cli that reaches the yard's Redis."""
+    if "+sentinel" in url.partition("://")[0]:
+        return "redis-cli -h HOST -p PORT (of the primary that the sentinels name)"
     if embedded is None:
         return f"redis-cli -u {display(url)}"
     return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ import pytest
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
-from lorayard.dispatcher.client import Client
-from lorayard.shared.connect import connect, display
+from lorayard.dispatcher.client import AsyncClient, Client
+from lorayard.shared.connect import connect, connect_async, display
 from lorayard.shared.embedded import find_server
 from lorayard.shared.errors import RedisUnavailable, UsageError
 
@@ -117,8 +118,14 @@ def test_a_fail_over_loses_nothing(cluster: Any) -> None:
         patient = replica.client(retry=Retry(ConstantBackoff(0.1), 50))  # a new primary ends its old connections
         until(lambda: patient.info("replication")["role"] == "master", 20)
         yard.all_done(jobs + yard.submit(5, "later"))
+        assert asyncio.run(ask(url)) == "1 2 "
     finally:
         yard.close()
+
+
+async def ask(url: str) -> str:
+    async with AsyncClient(url) as client:
+        return (await client.result(await client.submit(tokens=[1, 2], max_tokens=2), 10)).text
 
 
 def test_sentinel_addresses_are_read_and_refused_by_name() -> None:
@@ -134,4 +141,6 @@ def test_sentinel_addresses_are_read_and_refused_by_name() -> None:
     }.items():
         with pytest.raises(UsageError, match=why):
             connect(url)
+        with pytest.raises(UsageError, match=why):
+            connect_async(url)
     assert display("redis+sentinel://u:p@h:1,h:2/yard?sentinel_password=x") == "redis+sentinel://u:***@h:1,h:2/yard"
