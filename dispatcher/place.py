@@ -10,8 +10,8 @@ slot whose combination its host has lost is closed at once. Then these rules:
 2. Feed. A home without any job gets its oldest first. Then the classes by urgency, though each lower class that waits
    gets a tenth of all; in a class the lane with the oldest head first, in chunks; always to the least loaded home.
    The base needs no slot. First only up to a GPU's seats, then
-3. Spread. A combination that has jobs left takes a drained and unwanted slot of another GPU with a free seat as a second
-   home. When this brings no more, queues are filled beyond the seats, so that a GPU never waits for this policy.
+3. Spread. A combination with jobs left takes a drained and unwanted slot of another GPU that has a free seat as one
+   more home. What is left then goes into the queues beyond the seats, so that a GPU never waits for this policy.
 4. The Lua scripts check every move again, so a view that is out of date costs a wasted move and never a wrong one.
 
 Bound: while its GPUs live, a combination has a home after at most T + ceil(R / C) * (T/2 + 2D): R combinations, itself
@@ -121,15 +121,19 @@ class Close(NamedTuple):
 Action = Assign | Open | Close
 
 
+def homes(view: YardView) -> dict[str, list[Gpu]]:
+    """Combination -> the GPUs with an open slot for it that may serve it; the base is at home everywhere."""
+    found: dict[str, list[Gpu]] = {BASE: list(view.gpus)}
+    for gpu in view.gpus:
+        for slot in gpu.slots:
+            if slot.combination and not slot.closing and gpu.holds(slot.combination):
+                found.setdefault(slot.combination, []).append(gpu)
+    return found
+
+
 def homeless(view: YardView) -> set[str]:
-    """Combinations with waiting jobs and no open slot on any GPU that may serve them."""
-    homes = {
-        slot.combination
-        for gpu in view.gpus
-        for slot in gpu.slots
-        if slot.combination and not slot.closing and gpu.holds(slot.combination)
-    }
-    return {lane.combination for lane in view.lanes if lane.combination != BASE} - homes
+    """Combinations with waiting jobs and no home."""
+    return {lane.combination for lane in view.lanes} - homes(view).keys()
 
 
 def place(view: YardView, now_ms: int, hold_ms: int = HOLD_MS) -> list[Action]:
@@ -304,7 +308,7 @@ class _Plan:
         return homes
 
     def _room(self, gpu: str, most: Mapping[str, int]) -> int:
-        return min(most[gpu], self.depth[gpu]) - self.busy[gpu]
+        return max(min(most[gpu], self.depth[gpu]) - self.busy[gpu], 0)
 
     def _feed_class(self, lanes: list[Lane], most: int, homes: Mapping[str, list[_Slot]]) -> None:
         """Give `most` jobs of the class away; a turn that an earlier round left unfinished is finished first."""
@@ -313,7 +317,7 @@ class _Plan:
         while lanes and most > 0:
             hungry = []
             for lane in lanes:
-                gpus = [slot.gpu for slot in homes[lane.combination] if self._room(slot.gpu, self.most) > 0]
+                gpus = [slot.gpu for slot in homes[lane.combination] if self._room(slot.gpu, self.most)]
                 if gpus and self.waiting[lane.cls, lane.combination] and most > 0:
                     gpu = min(gpus, key=lambda gpu: self.busy[gpu] / self.seats[gpu])
                     moved = self._assign(lane, gpu, min(CHUNK - given[lane] % CHUNK, most))
@@ -323,7 +327,7 @@ class _Plan:
             lanes = hungry
 
     def _assign(self, lane: Lane, gpu: str, most: int) -> int:
-        moved = min(most, max(self._room(gpu, self.most), 0), self.waiting[lane.cls, lane.combination])
+        moved = min(most, self._room(gpu, self.most), self.waiting[lane.cls, lane.combination])
         if moved:
             key = (lane.cls, lane.combination, gpu)
             self.assigned[key] = self.assigned.get(key, 0) + moved
@@ -336,7 +340,7 @@ class _Plan:
         homes = self._homes()
         spreading = False
         for lane in sorted(self.view.lanes, key=lambda lane: lane.head_ms):
-            full = not any(self._room(slot.gpu, self.seats) > 0 for slot in homes[lane.combination])
+            full = not any(self._room(slot.gpu, self.seats) for slot in homes[lane.combination])
             if homes[lane.combination] and full and self.waiting[lane.cls, lane.combination]:
                 slot = self._vacant(lane.combination, seats=1)
                 if slot is not None:

@@ -11,11 +11,10 @@ from typing import NamedTuple
 from redis import Redis
 from redis.exceptions import OutOfMemoryError, RedisError
 
-from lorayard.shared.job import BASE
 from lorayard.shared.keys import CLASSES, rq_queue
 from lorayard.shared.scripts import Scripts
 
-from .place import HOLD_MS, LOWER_SHARE, Action, Assign, Gpu, Lane, Open, Slot, YardView, homeless, place
+from .place import HOLD_MS, LOWER_SHARE, Action, Assign, Gpu, Lane, Open, Slot, YardView, homeless, homes, place
 from .published import Holdings, whole
 
 log = logging.getLogger(__name__)
@@ -32,6 +31,12 @@ FORSAKE_MS = 10_000
 
 MOST_FORSAKEN = 500
 """Jobs of a lane refused in one tick for that."""
+
+RECONNECT_MS = 5000
+"""How long workers have to beat again after a time in which this placer did not see Redis, so perhaps nobody did."""
+
+GAP_MS = 2000
+"""A pause between two looks that counts as such a time."""
 
 LOCK_MS = 2000
 """How long a placer that died keeps the others from placing."""
@@ -71,6 +76,8 @@ class Placer:
         self._missing: dict[str, int] = {}
         self._malformed: set[str] = set()
         self._owed: dict[str, float] = dict.fromkeys(CLASSES[1:], 0.0)
+        self._homes: dict[str, list[Gpu]] | None = None
+        self._looked_ms = self._gap_ms = 0
 
     def tick(self) -> None:
         """Look at the yard, and move what should move if this placer is the one that places now."""
@@ -87,12 +94,10 @@ class Placer:
 
         By the last view, which counts the jobs that were sent this way since.
         """
-        fit = [
-            gpu
-            for gpu in self.view.gpus
-            if gpu.room > 0 and self._busy[gpu.name] < gpu.seats and gpu.holds(combination)
-            and (combination == BASE or any(s.combination == combination and not s.closing for s in gpu.slots))
-        ]  # fmt: skip
+        if self._homes is None:
+            self._homes = homes(self.view)
+        at_home = self._homes.get(combination, ())
+        fit = [gpu for gpu in at_home if gpu.room > 0 and self._busy[gpu.name] < gpu.seats]
         if not fit:
             return ""
         best = min(fit, key=lambda gpu: self._busy[gpu.name] / gpu.seats).name
@@ -179,9 +184,18 @@ class Placer:
         owed = {cls: int(jobs) for cls, jobs in self._owed.items()}
         self.view = YardView(view.gpus, view.lanes, self._homeless, owed)
         self._busy = {gpu.name: sum(gpu.load.values()) for gpu in gpus}
+        self._homes = None
+        if now_ms - self._looked_ms > GAP_MS:
+            self._gap_ms = now_ms
+        self._looked_ms = now_ms
 
     def _bury_dead(self, seen: _Seen) -> None:
-        """Jobs of workers that have fallen silent go back to their lanes."""
+        """Jobs of workers that have fallen silent go back to their lanes.
+
+        Not just after Redis was away: then all are silent, and come back one by one.
+        """
+        if seen.now_ms - self._gap_ms < RECONNECT_MS:
+            return
         for gpu, (worker, beat_ms) in seen.beats.items():
             if seen.now_ms - beat_ms >= LEASE_MS:
                 back = self.scripts.reclaim(gpu, worker, LEASE_MS)

@@ -109,6 +109,8 @@ SCENARIOS: dict[str, tuple[list[Gpu], list[Lane], dict[str, int], list[Action]]]
     "a lane whose home is full gets a second one": (
         [gpu("g", 0, slots=(X,), x=8), gpu("h", slots=(EMPTY,))], [lane("x", 3)], {},
         [Open("h", 0, "x"), a("x", 3, "h")]),
+    "a homeless one is housed where every seat is taken": (
+        [gpu(slots=(Y, EMPTY), y=6)], [lane("x")], {}, [Open("g", 1, "x"), a("x", 1)]),
     "before it queues where no seat is free": (
         [gpu("g", slots=(X,), x=3), gpu("h", slots=(EMPTY,))], [lane("x", 3)], {},
         [Open("h", 0, "x"), a("x", 1, "g"), a("x", 2, "h")]),
