@@ -19,13 +19,15 @@ import pytest
 import redis as redis_py
 
 from lorayard.dispatcher.serve import Dispatcher
+from lorayard.dispatcher.snapshot import look
 from lorayard.shared.children import spawn, stop
 from lorayard.shared.embedded import EmbeddedRedis, find_server
 from lorayard.shared.job import Job
 
 from ..dispatcher.fake import KEYS
 from ..worker.queue.conftest import GPU, Bench, FakeEngine
-from .conftest import free_port
+from .conftest import Starter, free_port, run
+from .monitored import Mirror
 from .test_users import guarded, url_of
 
 
@@ -135,6 +137,37 @@ def _agree(page: Dashboard, url: str, running: str) -> None:
     assert status == 200 and said["status"] == "started" and said["id"] == running
     told = rq_info(url)
     assert told.returncode == 0 and f"queue {GPU} 2" in told.stdout and f"{GPU}." in told.stdout, told
+
+
+def test_top_and_monitor_agree(server: Starter) -> None:
+    """Whoever replays what MONITOR shows has the yard that `top` shows, and `top` adds nothing to it."""
+    first, second = server(), server()
+    mirror = Mirror(first.client(), second.client())
+    bench, engine = Bench(first.client(), first.url), FakeEngine()
+    bench.worker(engine)
+    jobs = [f"j{at}" for at in range(6)]
+    assert [bench.submit(Job(job, tokens=(1, 2))) for job in jobs] == ["assigned"] * 6
+    bench.until(lambda: bench.redis.llen(f"rq:queue:{GPU}") == 2)
+    for state in ((2, 4), (0, 0)):
+        bench.until(lambda state=state: _loads(bench.redis) == state)  # type: ignore[misc]
+        mirror.catch_up()
+        assert _loads(second.client()) == state
+        told = run_top(first.url)
+        assert f"gpu {GPU} ready queued {state[0]} running {state[1]}/4 " in told and told == run_top(second.url), told
+        engine.gate.set()
+    bench.close()
+
+
+def _loads(redis: Any) -> tuple[int, int]:
+    """(queued, running) of the GPU."""
+    [gpu] = look(redis, KEYS).gpus
+    return gpu.queued, gpu.running
+
+
+def run_top(url: str) -> str:
+    """What `lorayard top --once` says of the GPU."""
+    words = [sys.executable, "-m", "lorayard.shared.cli", "top", "--once", "--redis", url]
+    return "".join(line for line in run(*words).splitlines(True) if line.startswith("gpu "))
 
 
 class Bomb:
