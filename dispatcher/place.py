@@ -217,23 +217,23 @@ class _Plan:
             rank = CLASSES.index(lane.cls)
             urgency[lane.combination] = min(rank, urgency.get(lane.combination, rank))
 
-        def order(combination: str) -> tuple[bool, int, int, str]:
-            overdue, since = self._overdue(combination), self._since(combination)
-            return not overdue, 0 if overdue else urgency[combination], since, combination
-
         homes = self._homes()
-        for combination in sorted((one for one in self.wanted if not homes[one]), key=order):
+        order = []
+        for combination in self.wanted:
+            if not homes[combination]:
+                since = self.view.homeless_since.get(combination, self.now_ms)
+                patient = self.now_ms - since < self.hold_ms
+                order.append((patient, urgency[combination] if patient else 0, since, combination))
+        for patient, _, _, combination in sorted(order):
             slot = self._closing_on(combination) or self._vacant(combination)
             if slot is not None:
                 self._open(slot, combination)
-            elif self._overdue(combination):
+            elif not patient:
                 self._drain_one(combination)
-
-    def _since(self, combination: str) -> int:
-        return self.view.homeless_since.get(combination, self.now_ms)
-
-    def _overdue(self, combination: str) -> bool:
-        return self.now_ms - self._since(combination) >= self.hold_ms
+        self.homes = self._homes()
+        self.lanes = sorted(
+            (one for one in self.view.lanes if self.homes[one.combination]), key=lambda one: one.head_ms
+        )
 
     def _closing_on(self, combination: str) -> _Slot | None:
         own = [slot for slot in self.holders[combination] if self._free_for(slot, combination)]
@@ -241,13 +241,17 @@ class _Plan:
 
     def _vacant(self, combination: str, seats: int = 0) -> _Slot | None:
         """A drained slot that nobody waits for, on a GPU with `seats` free and no other slot of the combination."""
-        holders = {slot.gpu for slot in self.holders[combination]}
-        first = []
-        for gpu, vacant in self.vacant.items():
+        for gpu, vacant in tuple(self.vacant.items()):
             while vacant and vacant[0].taken:
                 vacant.popleft()
-            if vacant and gpu not in holders and self._room(gpu, self.seats) >= seats:
-                first.append(vacant[0])
+            if not vacant:
+                del self.vacant[gpu]
+        holders = {slot.gpu for slot in self.holders[combination]}
+        first = [
+            vacant[0]
+            for gpu, vacant in self.vacant.items()
+            if gpu not in holders and self._room(gpu, self.seats) >= seats
+        ]
         fit = [slot for slot in first if self.gpus[slot.gpu].holds(combination)]
         return min(fit, key=self._least_loaded, default=None)
 
@@ -288,18 +292,16 @@ class _Plan:
     def feed(self, most: Mapping[str, int]) -> None:
         """Rule 2, up to `most` jobs on each GPU."""
         self.most = most
-        homes = self._homes()
-        lanes = sorted(self.view.lanes, key=lambda lane: lane.head_ms)
-        for lane in lanes:
-            for slot in homes[lane.combination]:
+        for lane in self.lanes:
+            for slot in self.homes[lane.combination]:
                 if not slot.load:
                     slot.load = self._assign(lane, slot.gpu, 1)
         for cls in reversed(CLASSES[1:]):
-            own = [lane for lane in lanes if lane.cls == cls]
+            own = [lane for lane in self.lanes if lane.cls == cls]
             given = sum(lane.jobs - self.waiting[cls, lane.combination] for lane in own)
-            self._feed_class(own, self.view.owed.get(cls, 0) - given, homes)
+            self._feed_class(own, self.view.owed.get(cls, 0) - given)
         for cls in CLASSES:
-            self._feed_class([lane for lane in lanes if lane.cls == cls], sys.maxsize, homes)
+            self._feed_class([lane for lane in self.lanes if lane.cls == cls], sys.maxsize)
 
     def _homes(self) -> dict[str, list[_Slot]]:
         """Open slots of each combination with waiting jobs; the base is at home on every GPU."""
@@ -310,14 +312,14 @@ class _Plan:
     def _room(self, gpu: str, most: Mapping[str, int]) -> int:
         return max(min(most[gpu], self.depth[gpu]) - self.busy[gpu], 0)
 
-    def _feed_class(self, lanes: list[Lane], most: int, homes: Mapping[str, list[_Slot]]) -> None:
+    def _feed_class(self, lanes: list[Lane], most: int) -> None:
         """Give `most` jobs of the class away; a turn that an earlier round left unfinished is finished first."""
         given = {lane: lane.jobs - self.waiting[lane.cls, lane.combination] for lane in lanes}
         lanes = sorted(lanes, key=lambda lane: (given[lane] // CHUNK, lane.head_ms))
         while lanes and most > 0:
             hungry = []
             for lane in lanes:
-                gpus = [slot.gpu for slot in homes[lane.combination] if self._room(slot.gpu, self.most)]
+                gpus = [slot.gpu for slot in self.homes[lane.combination] if self._room(slot.gpu, self.most)]
                 if gpus and self.waiting[lane.cls, lane.combination] and most > 0:
                     gpu = min(gpus, key=lambda gpu: self.busy[gpu] / self.seats[gpu])
                     moved = self._assign(lane, gpu, min(CHUNK - given[lane] % CHUNK, most))
@@ -337,14 +339,13 @@ class _Plan:
 
     def spread(self) -> bool:
         """Rule 3; True if a second home was opened."""
-        homes = self._homes()
         spreading = False
-        for lane in sorted(self.view.lanes, key=lambda lane: lane.head_ms):
-            full = not any(self._room(slot.gpu, self.seats) for slot in homes[lane.combination])
-            if homes[lane.combination] and full and self.waiting[lane.cls, lane.combination]:
+        for lane in self.lanes:
+            homes = self.homes[lane.combination]
+            if self.waiting[lane.cls, lane.combination] and not any(self._room(one.gpu, self.seats) for one in homes):
                 slot = self._vacant(lane.combination, seats=1)
                 if slot is not None:
                     self._open(slot, lane.combination)
-                    homes[lane.combination].append(slot)
+                    homes.append(slot)
                     spreading = True
         return spreading
