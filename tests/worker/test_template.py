@@ -6,7 +6,6 @@ from __future__ import annotations
 import resource
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ from lorayard.worker.text.template import ChatTemplate
 from lorayard.worker.text.tokenizer import Tokenizer
 from lorayard.worker.text.trial import checked_template
 
-FAMILIES = Path(__file__).parent / "templates"
 TOKENS = {"bos_token": "<|begin|>", "eos_token": "<|end|>", "pad_token": "<|pad|>"}
 SYSTEM, USER, ASSISTANT = (
     ("system", "  Be brief.\n"),
@@ -32,19 +30,6 @@ HI: list[dict[str, Any]] = [{"role": "user", "content": "Hi"}]
 @pytest.fixture(scope="module")
 def reference() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(BASE)
-
-
-@pytest.mark.parametrize("family", ["demo", *sorted(file.stem for file in FAMILIES.glob("*.jinja"))])
-@pytest.mark.parametrize("prompt", [True, False])
-def test_rendering_equals_transformers(reference: PreTrainedTokenizerFast, family: str, prompt: bool) -> None:
-    source = reference.chat_template if family == "demo" else (FAMILIES / f"{family}.jinja").read_text()
-    template = ChatTemplate(source, TOKENS)
-    for talk in TALKS:
-        messages = [{"role": role, "content": content} for role, content in talk]
-        expected = reference.apply_chat_template(
-            messages, chat_template=source, tokenize=False, add_generation_prompt=prompt
-        )
-        assert template.render(messages, prompt) == expected
 
 
 SNIPPETS = [
@@ -190,10 +175,10 @@ def test_a_template_that_refuses_some_messages_loads() -> None:
         ([], "no_prompt"),
         ("Hi", "bad_field"),
         ([1], "bad_field"),
-        ([{"role": "user"}], "bad_field"),
-        ([{"role": "user", "content": None}], "bad_field"),
-        ([{"role": "user", "content": ["a"]}], "bad_field"),
-        ([{"role": "user", "content": "a", "name": 3}], "bad_field"),
+        ([{"content": "a"}], "bad_field"),
+        ([{"role": None, "content": "a"}], "bad_field"),
+        ([{"role": "user", "content": b"a"}], "bad_field"),
+        ([{"role": "user", "content": [{"text": object()}]}], "bad_field"),
         ([{"role": "user", "content": "a", 3: "b"}], "bad_field"),
     ],
 )

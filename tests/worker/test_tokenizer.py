@@ -111,7 +111,7 @@ def fallback_tokenizer() -> Tokenizer:
     vocabulary.add_special_tokens(["<s>", "</s>"])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     vocabulary.decoder = decoders.Sequence(steps)
-    return Tokenizer(vocabulary, 262, frozenset({263}), None)
+    return Tokenizer(vocabulary, 262, frozenset({263}), {})
 
 
 FALLBACK = fallback_tokenizer()
@@ -135,7 +135,7 @@ def test_a_broken_folder_is_refused(tmp_path: Path, name: str, text: str, senten
 
 
 def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"tokenizer\.json is missing"):
+    with pytest.raises(ModelError, match=r"neither tokenizer\.json nor tokenizer\.model"):
         Tokenizer.from_directory(tmp_path)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Undefined, nodes
 
 from .budget import MAX_DEPTH, Budget, OverBudget, TemplateFault
-from .filters import FILTERS, GLOBALS, METHODS, TESTS
+from .filters import FILTERS, GLOBALS, METHODS, TESTS, to_dict
 from .operations import BINARY, Operation, compare, items_of, pick, text_of
 
 SELECTORS = {"select": (True, False), "reject": (False, False), "selectattr": (True, True), "rejectattr": (False, True)}
@@ -41,18 +41,32 @@ class Namespace:
         self.values = values
 
 
-class Loop:
-    """The variable `loop` of one pass."""
+def make_namespace(budget: Budget, given: Any = (), **values: Any) -> Namespace:
+    """The function `namespace` of templates."""
+    return Namespace(to_dict(budget, given, **values))
 
-    def __init__(self, items: list[Any], index: int) -> None:
+
+class Loop:
+    """The variable `loop` of one pass. seen: what the passes of this loop share, for `changed`."""
+
+    def __init__(self, items: list[Any], index: int, seen: list[Any]) -> None:
         count = len(items)
+        self.seen = seen
         self.values = {
             "index": index + 1, "index0": index, "revindex": count - index, "revindex0": count - index - 1,
             "first": index == 0, "last": index == count - 1, "length": count,
             "previtem": items[index - 1] if index else Undefined("there is no previous item"),
             "nextitem": items[index + 1] if index + 1 < count else Undefined("there is no next item"),
+            "depth": 1, "depth0": 0,
             "cycle": lambda budget, *choices: choices[index % len(choices)],
+            "changed": self._changed,
         }  # fmt: skip
+
+    def _changed(self, budget: Budget, *values: Any) -> bool:
+        """True if the values are not those of the last call in this loop."""
+        budget.weigh([values, *self.seen])
+        before, self.seen[:] = self.seen[:], [values]
+        return before != [values]
 
 
 class Macro:
@@ -68,7 +82,7 @@ class Expressions(ABC):
 
     def __init__(self, variables: Mapping[str, Any]) -> None:
         self.budget = Budget(dict(variables))
-        functions: dict[str, Operation] = GLOBALS | {"namespace": lambda budget, **values: Namespace(values)}
+        functions: dict[str, Operation] = GLOBALS | {"namespace": make_namespace}
         self.scope = Scope(Scope(None, functions.items()), variables.items())
         self.depth = 0
 
@@ -123,6 +137,9 @@ class Expressions(ABC):
     def value_Neg(self, node: nodes.Neg, scope: Scope) -> Any:
         return BINARY["Sub"](self.budget, 0, self.evaluate(node.node, scope))
 
+    def value_Pos(self, node: nodes.Pos, scope: Scope) -> Any:
+        return BINARY["Add"](self.budget, 0, self.evaluate(node.node, scope))
+
     def value_Concat(self, node: nodes.Concat, scope: Scope) -> Any:
         return "".join([text_of(self.budget, self.evaluate(part, scope)) for part in node.nodes])
 
@@ -169,7 +186,7 @@ class Expressions(ABC):
         method = METHODS.get(type(value), {}).get(name)
         if method is not None:
             return partial(_of_object, method, value)
-        if isinstance(value, dict) and name in value:
+        if isinstance(value, dict) and name in value and not hasattr(dict, name):
             return value[name]
         if isinstance(value, Undefined):
             raise TemplateFault(f"{value._undefined_name or value._undefined_hint} is undefined")

@@ -5,9 +5,10 @@ Each takes the budget first. The meaning is Jinja's.
 
 from __future__ import annotations
 
+import math
 import re
-import time
 from collections.abc import Callable
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,8 @@ from .budget import Budget, MessagesRefused, TemplateFault
 from .operations import (
     Operation,
     compare,
+    format_fields,
+    format_percent,
     indent,
     items_of,
     join,
@@ -34,9 +37,9 @@ from .operations import (
 
 def strftime_now(budget: Budget, pattern: str) -> str:
     """The local date and time; plain conversions only, without widths."""
-    if len(pattern) > 64 or not re.fullmatch(r"(?:[^%]|%[aAbBdeHIjmMpSyYZ%])*", pattern):
+    if len(pattern) > 64 or not re.fullmatch(r"(?:[^%]|%-?[aAbBcdDefFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ%])*", pattern):
         raise TemplateFault(f"strftime_now does not take {pattern[:64]!r}")
-    return time.strftime(pattern)
+    return datetime.now().strftime(pattern)
 
 
 def number_range(budget: Budget, *bounds: int) -> list[int]:
@@ -51,9 +54,15 @@ def raise_exception(budget: Budget, message: Any) -> None:
     raise MessagesRefused(text_of(budget, message)[:500])
 
 
+def to_dict(budget: Budget, given: Any = (), **values: Any) -> dict[Any, Any]:
+    """A new map of a map or of pairs, and of names."""
+    budget.weigh([given, values])
+    return dict(given, **values)
+
+
 GLOBALS: dict[str, Operation] = {
     "range": number_range,
-    "dict": lambda budget, **values: values,
+    "dict": to_dict,
     "raise_exception": raise_exception,
     "strftime_now": strftime_now,
 }
@@ -70,8 +79,19 @@ def _plain(method: Callable[..., Any]) -> Operation:
     return call
 
 
-_PLAIN_METHODS = """capitalize count endswith find index isalnum isalpha isdigit islower isspace isupper lower lstrip
-    partition removeprefix removesuffix rfind rpartition rstrip startswith strip swapcase title upper""".split()
+_PLAIN_METHODS = """capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit
+    isidentifier islower isnumeric isprintable isspace istitle isupper lower lstrip partition removeprefix
+    removesuffix rfind rpartition rstrip startswith strip swapcase title upper""".split()
+
+
+def _padded(method: Callable[..., str]) -> Operation:
+    """A method of text that fills it up to a width."""
+
+    def call(budget: Budget, text: Any, width: int = 80, *fill: str) -> str:
+        budget.elements(width)
+        return method(text_of(budget, text), width, *fill)
+
+    return call
 
 
 def _get(budget: Budget, value: dict[Any, Any], key: Any, default: Any = None) -> Any:
@@ -82,6 +102,8 @@ def _get(budget: Budget, value: dict[Any, Any], key: Any, default: Any = None) -
 METHODS: dict[type, dict[str, Operation]] = {
     str: {
         **{name: _plain(getattr(str, name)) for name in _PLAIN_METHODS},
+        **{name: _padded(getattr(str, name)) for name in ("center", "ljust", "rjust", "zfill")},
+        "format": format_fields,
         "join": lambda budget, text, values: join(budget, values, text),
         "replace": replace,
         "split": split,
@@ -95,49 +117,72 @@ METHODS: dict[type, dict[str, Operation]] = {
         "values": lambda budget, value: [held for _, held in pairs_of(budget, value)],
     },
     list: {"count": _plain(list.count), "index": _plain(list.index)},
+    tuple: {"count": _plain(tuple.count), "index": _plain(tuple.index)},
 }
 """Methods by the type they belong to: none changes its object."""
 
 
-def _ordered(budget: Budget, values: Any, reverse: bool = False, case: bool = False, attribute: Any = None) -> Any:
-    budget.weigh(values)
-
+def _sort_key(case_sensitive: bool, attribute: Any) -> Callable[[Any], Any]:
     def key(value: Any) -> Any:
         picked = pick(value, attribute)
-        return picked.lower() if isinstance(picked, str) and not case else picked
+        return picked.lower() if isinstance(picked, str) and not case_sensitive else picked
 
-    return sorted(items_of(budget, values), key=key, reverse=reverse)
-
-
-def _by_key(budget: Budget, value: dict[Any, Any], case: bool = False, by: str = "key", reverse: bool = False) -> Any:
-    return _ordered(budget, pairs_of(budget, value), reverse, case, 0 if by == "key" else 1)
+    return key
 
 
-def _unique(budget: Budget, values: Any, case: bool = False, attribute: Any = None) -> list[Any]:
-    budget.weigh(values)
+def _ordered(
+    budget: Budget, value: Any, reverse: bool = False, case_sensitive: bool = False, attribute: Any = None
+) -> list[Any]:
+    budget.weigh(value)
+    return sorted(items_of(budget, value), key=_sort_key(case_sensitive, attribute), reverse=reverse)
+
+
+def _by_key(
+    budget: Budget, value: dict[Any, Any], case_sensitive: bool = False, by: str = "key", reverse: bool = False
+) -> list[Any]:
+    return _ordered(budget, pairs_of(budget, value), reverse, case_sensitive, 0 if by == "key" else 1)
+
+
+def _unique(budget: Budget, value: Any, case_sensitive: bool = False, attribute: Any = None) -> list[Any]:
+    budget.weigh(value)
     seen: dict[Any, Any] = {}
-    for value in items_of(budget, values):
-        picked = pick(value, attribute)
-        seen.setdefault(picked.lower() if isinstance(picked, str) and not case else picked, value)
+    key = _sort_key(case_sensitive, attribute)
+    for item in items_of(budget, value):
+        seen.setdefault(key(item), item)
     return list(seen.values())
 
 
-def _default(budget: Budget, value: Any, default: Any = "", falsy: bool = False) -> Any:
-    return default if isinstance(value, Undefined) or (falsy and not value) else value
+def _default(budget: Budget, value: Any, default_value: Any = "", boolean: bool = False) -> Any:
+    return default_value if isinstance(value, Undefined) or (boolean and not value) else value
 
 
-def _converted(kind: Callable[[Any], Any], fallback: Any) -> Operation:
-    def call(budget: Budget, value: Any, default: Any = fallback) -> Any:
+def _to_int(budget: Budget, value: Any, default: Any = 0, base: int = 10) -> Any:
+    short = value[:32] if isinstance(value, str) else value
+    try:
+        return number(int(short, base) if isinstance(short, str) else int(short))
+    except (TypeError, ValueError):
         try:
-            return number(kind(value[:32] if isinstance(value, str) else value))
-        except (TypeError, ValueError, OverflowError, TemplateFault):
+            return number(int(float(short)))
+        except (TypeError, ValueError, OverflowError):
             return default
 
-    return call
+
+def _to_float(budget: Budget, value: Any, default: Any = 0.0) -> Any:
+    try:
+        return float(value[:32] if isinstance(value, str) else value)
+    except (TypeError, ValueError):
+        return default
+
+
+def _rounded(budget: Budget, value: Any, precision: int = 0, method: str = "common") -> float:
+    number(value)
+    if method == "common":
+        return float(round(value, precision))
+    return float(getattr(math, {"ceil": "ceil", "floor": "floor"}[method])(value * 10**precision) / 10**precision)
 
 
 def _text_filter(method: Callable[..., str]) -> Operation:
-    return lambda budget, value, *args: method(text_of(budget, value), *args)
+    return lambda budget, value, *args, **named: method(text_of(budget, value), *args, **named)
 
 
 def _title(budget: Budget, value: Any) -> str:
@@ -155,20 +200,26 @@ def _edge(position: int) -> Operation:
 
 
 def _extreme(position: int) -> Operation:
-    return lambda budget, values: _edge(position)(budget, _ordered(budget, values))
+    def call(budget: Budget, value: Any, case_sensitive: bool = False, attribute: Any = None) -> Any:
+        ordered = _ordered(budget, value, position != 0, case_sensitive, attribute)  # of equal ones, the first
+        return _edge(0)(budget, ordered)
+
+    return call
 
 
 FILTERS: dict[str, Operation] = {
     "abs": lambda budget, value: abs(number(value)),
     "capitalize": _text_filter(str.capitalize),
+    "center": _padded(str.center),
     "count": lambda budget, value: len(value),
     "d": _default,
     "default": _default,
     "dictsort": _by_key,
     "first": _edge(0),
-    "float": _converted(float, 0.0),
+    "float": _to_float,
+    "format": format_percent,
     "indent": indent,
-    "int": _converted(int, 0),
+    "int": _to_int,
     "items": pairs_of,
     "join": join,
     "last": _edge(-1),
@@ -179,15 +230,16 @@ FILTERS: dict[str, Operation] = {
     "min": _extreme(0),
     "replace": replace,
     "reverse": lambda budget, value: value[::-1] if isinstance(value, str) else items_of(budget, value)[::-1],
+    "round": _rounded,
     "safe": lambda budget, value: text_of(budget, value),
     "sort": _ordered,
     "string": text_of,
-    "sum": lambda budget, values, attribute=None, start=0: number(
-        start + sum(number(pick(value, attribute)) for value in items_of(budget, values))
+    "sum": lambda budget, value, attribute=None, start=0: number(
+        number(start) + sum(number(pick(item, attribute)) for item in items_of(budget, value))
     ),
     "title": _title,
     "tojson": to_json,
-    "trim": _text_filter(str.strip),
+    "trim": lambda budget, value, chars=None: text_of(budget, value).strip(chars),
     "unique": _unique,
     "upper": _text_filter(str.upper),
 }

@@ -66,10 +66,11 @@ class Interpreter(Expressions):
         items = items_of(self.budget, self.evaluate(node.iter, scope))
         if node.test is not None:
             items = [item for item in items if self.evaluate(node.test, self.bound(node.target, item, scope))]
+        seen: list[Any] = []
         for index, item in enumerate(items):
             self.budget.step()
             inner = self.bound(node.target, item, scope)
-            inner["loop"] = Loop(items, index)
+            inner["loop"] = Loop(items, index, seen)
             try:
                 self.run(node.body, inner, out)
             except Continue:

@@ -6,6 +6,7 @@ The meaning is Jinja's, with `tojson` as Hugging Face defines it for chat templa
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -52,16 +53,46 @@ def power(budget: Budget, left: Any, right: Any) -> Any:
     return number(left**right)
 
 
+def modulo(budget: Budget, left: Any, right: Any) -> Any:
+    """Remainder of numbers, or a text with `%s` and the like filled in."""
+    if isinstance(left, str):
+        return format_percent(budget, left, *(right if isinstance(right, tuple) else (right,)))
+    return number(number(left) % number(right))
+
+
+def format_percent(budget: Budget, text: Any, *values: Any, **named: Any) -> str:
+    """Python's `%`, with `%s`, `%d`, `%i`, `%f` and at most two digits of width and of precision."""
+    text = text_of(budget, text)
+    rest = re.sub(r"%(?:\(\w{1,32}\))?-?\d{0,2}(?:\.\d{1,2})?[sdif]|%%", "", text)
+    if "%" in rest:
+        raise TemplateFault(f"a format may have %s, %d, %i and %f, not {text[:60]!r}")
+    for value in (*values, *named.values()):
+        text_of(budget, value)
+        budget.spend(100 * text.count("%"))
+    longest = max([len(str(value)) for value in (*values, *named.values())], default=0)
+    budget.spend(longest * text.count("%"))
+    return str(text % (named or values))
+
+
+def format_fields(budget: Budget, text: str, *values: Any, **named: Any) -> str:
+    """`text.format(...)` with fields `{}`, `{0}` and `{name}`, without attributes and formats."""
+    if not re.fullmatch(r"(?:[^{}]|\{\{|\}\}|\{\w{0,32}\})*+", text):
+        raise TemplateFault(f"format takes fields such as {{}} and {{name}}, not {text[:60]!r}")
+    longest = max([len(text_of(budget, value)) for value in (*values, *named.values())], default=0)
+    budget.spend(len(text) + longest * text.count("{"))
+    return text.format(*values, **named)
+
+
 BINARY: dict[str, Operation] = {
     "Add": add,
     "Sub": lambda budget, left, right: number(number(left) - number(right)),
     "Mul": multiply,
     "Div": lambda budget, left, right: number(number(left) / number(right)),
     "FloorDiv": lambda budget, left, right: number(number(left) // number(right)),
-    "Mod": lambda budget, left, right: number(number(left) % number(right)),
+    "Mod": modulo,
     "Pow": power,
 }
-"""Operators by the name of their node. `%` is for numbers: a format could ask for any width."""
+"""Operators by the name of their node."""
 
 COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     "eq": lambda left, right: left == right,
@@ -104,9 +135,10 @@ def text_of(budget: Budget, value: Any) -> str:
     return str(value)
 
 
-def join(budget: Budget, values: Any, separator: str = "", attribute: Any = None) -> str:
-    """The printed values with a separator between them."""
-    parts = [text_of(budget, pick(value, attribute)) for value in items_of(budget, values)]
+def join(budget: Budget, value: Any, d: Any = "", attribute: Any = None) -> str:
+    """The printed values with a separator `d` between them."""
+    parts = [text_of(budget, pick(item, attribute)) for item in items_of(budget, value)]
+    separator = text_of(budget, d)
     budget.spend((len(separator) + 1) * len(parts))
     return separator.join(parts)
 
@@ -123,17 +155,18 @@ def pick(value: Any, attribute: Any) -> Any:
     return value
 
 
-def replace(budget: Budget, text: Any, old: str, new: str, count: int | None = None) -> str:
+def replace(budget: Budget, text: Any, old: Any, new: Any, count: int | None = None) -> str:
     """The text with `old` replaced."""
-    text = text_of(budget, text)
+    text, old, new = text_of(budget, text), text_of(budget, old), text_of(budget, new)
     budget.spend(len(text) + text.count(old) * len(new))
     return str(text.replace(old, new, -1 if count is None else count))
 
 
-def split(budget: Budget, text: str, separator: str | None = None, limit: int = -1, last: bool = False) -> list[str]:
+def split(budget: Budget, text: str, sep: str | None = None, maxsplit: int = -1, last: bool = False) -> list[str]:
     """The text in parts; with a limit, cut at the first separators, or at the last ones."""
-    budget.elements(1 + (text.count(separator) if separator else len(text) // 2))
-    return text.rsplit(separator, limit) if last else text.split(separator, limit)
+    budget.elements(1 + (text.count(sep) if sep else len(text) // 2))
+    budget.spend(len(text))
+    return text.rsplit(sep, maxsplit) if last else text.split(sep, maxsplit)
 
 
 def split_lines(budget: Budget, text: str) -> list[str]:

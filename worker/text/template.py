@@ -54,38 +54,56 @@ class ChatTemplate:
             raise ModelError(f"the chat template is not valid Jinja: {error}") from None
         except (RecursionError, ValueError):
             raise ModelError("the chat template is nested too deeply or has too long a number") from None
-        self._constants = {**special_tokens, "tools": None, "documents": None}
+        self._special_tokens = dict(special_tokens)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """The prompt for some messages. Raises Refused("bad_field") or ("no_prompt")."""
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:  # fmt: skip
+        """The prompt for some messages. Raises Refused("bad_field") or ("no_prompt").
+
+        A message is a map with a role; its other fields are what the template reads, null counting as absent.
+        tools: JSON schemas of functions.
+        """
         checked = check_messages(messages)
+        if tools is not None and not (isinstance(tools, Sequence) and all(isinstance(tool, dict) for tool in tools)):
+            raise Refused("bad_field", "tools must be a list of maps")
         try:
-            return self.try_render(checked, add_generation_prompt)
+            return self.try_render(checked, add_generation_prompt, tools and list(tools))
         except TemplateFault as fault:
             raise Refused("bad_field", f"messages: the model's chat template does not take them: {fault}") from fault
 
-    def try_render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    def try_render(self, messages: list[dict[str, Any]], add_generation_prompt: bool, tools: Any = None) -> str:
         """As `render`, raising what the interpreter raises."""
-        variables = {**self._constants, "messages": messages, "add_generation_prompt": add_generation_prompt}
+        variables = self._special_tokens | {
+            "messages": messages, "add_generation_prompt": add_generation_prompt, "tools": tools, "documents": None,
+        }  # fmt: skip
         try:
             return Interpreter(variables).render(self._tree)
         except RecursionError as error:
             raise OverBudget("it is nested too deeply") from error
 
 
-def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """The messages as plain maps of text. Raises Refused("bad_field") or ("no_prompt")."""
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names of a message's reasoning; a template finds it under the first two, whichever the client chose."""
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages as a template sees them. Raises Refused("bad_field") or ("no_prompt")."""
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         raise Refused("bad_field", "messages must be a list of maps with role and content")
     if not messages:
         raise Refused("no_prompt", "messages is empty")
+    checked = []
     for index, message in enumerate(messages):
-        if not isinstance(message, Mapping):
+        if not isinstance(message, Mapping) or not all(isinstance(name, str) for name in message):
             raise Refused("bad_field", f"messages[{index}] must be a map with role and content")
-        for name in ("role", "content", *message):
-            if not isinstance(name, str) or not isinstance(message.get(name), str):
-                raise Refused("bad_field", f"messages[{index}]: {str(name)[:80]!r} must be text")
-    return [dict(message) for message in messages]
+        if not isinstance(message.get("role"), str):
+            raise Refused("bad_field", f"messages[{index}]: 'role' must be text")
+        given = {name: value for name, value in message.items() if value is not None}
+        reasoning = next((given[name] for name in REASONING if name in given), None)
+        checked.append(given if reasoning is None else {"thinking": reasoning} | given | {REASONING[0]: reasoning})
+    return checked
 
 
 def _check(node: nodes.Node) -> None:
@@ -95,7 +113,7 @@ def _check(node: nodes.Node) -> None:
         _refuse(node, f"the tag or operator {name}")
     if isinstance(node, nodes.For) and node.recursive:
         _refuse(node, "a recursive loop")
-    if isinstance(node, nodes.Getattr) and node.attr.startswith("_"):
+    if isinstance(node, nodes.Getattr | nodes.NSRef) and node.attr.startswith("_"):
         _refuse(node, f"the attribute {node.attr}")
     if isinstance(node, nodes.Filter) and node.name not in FILTERS.keys() | SELECTORS.keys() | {"map"}:
         _refuse(node, f"the filter {node.name}")
