@@ -32,7 +32,7 @@ from lorayard.shared.embedded import EmbeddedRedis
 from lorayard.shared.job import Job, SamplingParams
 from lorayard.shared.keys import GROUP, Keys
 from lorayard.shared.scripts import Scripts
-from lorayard.worker.queue.library import AdapterLibrary
+from lorayard.worker.queue.adapters import AdapterLibrary
 from lorayard.worker.queue.prepare import Prepared, Preparer
 from lorayard.worker.queue.worker import LEASE_MS, SOCKET_TIMEOUT_S, GpuWorker
 from lorayard.worker.text.tokenizer import Tokenizer

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import logging
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from redis.exceptions import RedisError
+
 from lorayard.shared import WIRE_VERSION, __version__
+from lorayard.shared.connect import is_away
 from lorayard.shared.errors import ModelError
 from lorayard.shared.scripts import Scripts, Value
 
 from .prepare import DEFAULT_MAX_TOKENS
 
+log = logging.getLogger(__name__)
+
 SMALL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 BLOCK, BLOCKS = 1 << 16, 256
+AWAY_S = 0.5  # between tries while Redis is away
 
 
 def base_digest(model: Path) -> str:
@@ -46,8 +54,27 @@ def info(
     }  # fmt: skip
 
 
-def publish(scripts: Scripts, gpu: str, fields: Mapping[str, Value], lease_ms: int) -> None:
-    """Write yard:info. Raises ModelError if live workers serve another base: one yard has one."""
+def publish(
+    scripts: Scripts, gpu: str, fields: Mapping[str, Value], lease_ms: int, given_up: Callable[[], bool] = lambda: False
+) -> None:  # fmt: skip
+    """Write yard:info; while Redis is away, try again until it is back or `given_up()`.
+
+    Raises ModelError if live workers serve another base: one yard has one.
+    """
+    said = False
+    while not given_up():
+        try:
+            return _publish(scripts, gpu, fields, lease_ms)
+        except RedisError as error:
+            if not is_away(error):
+                raise
+            if not said:
+                log.warning("the model is loaded, but Redis is away: %s", error)
+            said = True
+            time.sleep(AWAY_S)
+
+
+def _publish(scripts: Scripts, gpu: str, fields: Mapping[str, Value], lease_ms: int) -> None:
     redis: Any = scripts.redis
     keys = scripts.keys
     present = redis.hget(keys.info, "base_digest")

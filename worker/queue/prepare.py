@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lorayard.shared.errors import Refused
 from lorayard.shared.job import Job
 
-from .library import AdapterLibrary
+from .adapters import AdapterLibrary
 
 if TYPE_CHECKING:
     from ..lora.peft import Lora
@@ -34,9 +35,15 @@ class Preparer:
     capacity: int
 
     def __call__(self, job: Job) -> Prepared:
-        """Raises Refused."""
+        """Raises Refused, too, for what the engine would refuse after a look at every id of a long prompt."""
         token_ids = self._tokens(job)
-        room = max(1, self.capacity - len(token_ids))
+        room = self.capacity - len(token_ids)
+        if room < (job.max_tokens or 1):
+            raise Refused(
+                "too_large",
+                f"the prompt has {len(token_ids)} tokens and max_tokens is {job.max_tokens or 1}; together they may be "
+                f"at most {self.capacity}",
+            )
         loras = tuple(
             (self.library.get(name, digest), scale)
             for (name, scale), digest in zip(job.lora.adapters, job.digests, strict=True)

@@ -16,7 +16,7 @@ from lorayard.shared.scripts import Scripts, Superseded
 
 from ..lora.folders import scan
 from . import facts
-from .library import AdapterLibrary
+from .adapters import AdapterLibrary
 from .prepare import Preparer
 from .spec import SUPERSEDED, WorkerSpec
 from .worker import SOCKET_TIMEOUT_S, GpuWorker
@@ -80,7 +80,7 @@ def _serve(spec: WorkerSpec, worker: GpuWorker) -> None:
         path, digest, generator.capacity, config.max_seq_len, config.vocab_size, spec.slots, spec.max_batch,
         generator.bank.max_rank, tokenizer.has_chat_template,
     )  # fmt: skip
-    facts.publish(worker.scripts, spec.gpu, fields, worker.lease_ms)
+    facts.publish(worker.scripts, spec.gpu, fields, worker.lease_ms, lambda: worker.draining)
     roots = [Path(root) for root in spec.adapters]
     library = AdapterLibrary(
         functools.partial(scan, roots), functools.partial(Lora.from_directory, model), keep=2 * spec.slots + 8

@@ -102,6 +102,11 @@ class GpuWorker(BaseWorker):
         until = time.monotonic() + grace_s
         self._drain_until = min(self._drain_until or until, until)
 
+    @property
+    def draining(self) -> bool:
+        """Whether `drain` has been called."""
+        return self._drain_until is not None
+
     def serve(self, engine: Engine, prepare: Callable[[Job], Prepared], base_digest: str) -> None:
         """Work until drained, then give back what is left and leave the yard. Raises Superseded."""
         self._engine, self._helper, self._base_digest = engine, Helper(prepare), base_digest

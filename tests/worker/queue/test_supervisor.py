@@ -8,11 +8,14 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
 from lorayard.demo import ADAPTERS, BASE
 from lorayard.shared import cli
+from lorayard.shared.embedded import EmbeddedRedis
 from lorayard.shared.errors import ModelError, UsageError
 from lorayard.shared.keys import Keys
 from lorayard.shared.scripts import Scripts
@@ -100,3 +103,16 @@ def test_a_yard_has_one_base(redis):
         facts.publish(scripts, "gpu-b-0", {"base_digest": "b" * 32, "model": "two"}, 10_000)
     facts.publish(scripts, "gpu-a-0", {"base_digest": "b" * 32, "model": "two"}, 10_000)
     assert redis.hget("yard:info", "model") == b"two"
+
+
+def test_what_a_worker_publishes_waits_for_redis(tmp_path, caplog):
+    with EmbeddedRedis(tmp_path) as server:
+        scripts = Scripts(server.client(), Keys())
+    told = threading.Thread(target=facts.publish, args=[scripts, "gpu-a-0", {"base_digest": "a" * 32}, 10_000])
+    told.start()
+    time.sleep(0.1)
+    assert told.is_alive() and "Redis is away" in caplog.text
+    facts.publish(scripts, "gpu-a-0", {"base_digest": "b" * 32}, 10_000, given_up=lambda: True)
+    with EmbeddedRedis(tmp_path) as server:
+        told.join(5)
+        assert server.client().hget("yard:info", "base_digest") == b"a" * 32

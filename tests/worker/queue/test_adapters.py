@@ -9,7 +9,7 @@ import pytest
 
 from lorayard.shared.errors import AdapterError, Refused
 from lorayard.shared.job import Job, LoraSet
-from lorayard.worker.queue.library import AdapterLibrary
+from lorayard.worker.queue.adapters import AdapterLibrary
 from lorayard.worker.queue.prepare import Preparer
 
 
@@ -82,9 +82,15 @@ def test_prompt_messages_and_tokens():
 
 def test_only_the_default_length_is_clamped():
     assert prepare(Job("j", tokens=(1,) * 30)).max_tokens == 70
-    assert prepare(Job("j", tokens=(1,) * 300)).max_tokens == 1  # the engine refuses it
-    assert prepare(Job("j", tokens=(1,) * 30, max_tokens=90)).max_tokens == 90  # and this
     assert prepare(Job("j", tokens=(1,), max_tokens=5)).max_tokens == 5
+
+
+@pytest.mark.parametrize(("tokens", "max_tokens"), [(99, 2), (100, None), (300, None), (300, 1)])
+def test_what_does_not_fit_never_reaches_the_engine(tokens, max_tokens):
+    assert prepare(Job("j", tokens=(1,) * 99, max_tokens=1)).max_tokens == 1
+    with pytest.raises(Refused, match=f"the prompt has {tokens} tokens.* at most 100") as refused:
+        prepare(Job("j", tokens=(1,) * tokens, max_tokens=max_tokens))
+    assert refused.value.code == "too_large"
 
 
 def test_adapters_come_with_the_jobs_scales():
