@@ -50,6 +50,16 @@ def test_any_text_equals_transformers(tokenizer: Tokenizer, reference: PreTraine
     assert tokenizer.encode(text) == reference.encode(text)
 
 
+def test_too_many_tokens_are_refused_before_they_are_a_list(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("a b c d")
+    assert tokenizer.encode_batch(["a b c d", "a"], most=len(ids))[0] == ids
+    with pytest.raises(Refused, match=f"has {len(ids)} tokens; a job has room for {len(ids) - 1}") as refused:
+        tokenizer.encode_batch(["a", "a b c d"], most=len(ids) - 1)
+    assert refused.value.code == "too_large"
+    with pytest.raises(Refused, match="a job has room for 2"):
+        tokenizer.encode_chat([{"role": "user", "content": "Hi"}], most=2)
+
+
 def test_special_ids(tokenizer: Tokenizer) -> None:
     assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.vocab_size) == (0, frozenset({1}), 1408)
 

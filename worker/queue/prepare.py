@@ -54,6 +54,6 @@ class Preparer:
         if job.tokens is not None:
             return list(job.tokens)
         if job.messages is not None:
-            return self.tokenizer.encode_chat(job.messages)
+            return self.tokenizer.encode_chat(job.messages, most=self.capacity)
         assert job.prompt is not None
-        return self.tokenizer.encode_batch([job.prompt], add_bos=job.add_bos)[0]  # unlike encode, it frees the GIL
+        return self.tokenizer.encode_batch([job.prompt], job.add_bos, self.capacity)[0]

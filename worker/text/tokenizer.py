@@ -68,11 +68,19 @@ class Tokenizer:
         """Token ids of a text. add_bos None: as tokenizer.json says. Raises Refused("bad_field")."""
         return self.encode_batch([text], add_bos)[0]
 
-    def encode_batch(self, texts: Sequence[str], add_bos: bool | None = None) -> list[list[int]]:
-        """As `encode` for several texts, in parallel and without holding the interpreter lock."""
+    def encode_batch(
+        self, texts: Sequence[str], add_bos: bool | None = None, most: int | None = None
+    ) -> list[list[int]]:  # fmt: skip
+        """As `encode` for several texts, in parallel and without holding the interpreter lock.
+
+        With `most`, a text of more tokens raises Refused("too_large") instead of making a long list.
+        """
         for text in texts:
             _check_text(text)
         encodings = self._vocabulary.encode_batch_fast(list(texts), add_special_tokens=add_bos is None)
+        longest = max((len(encoding) for encoding in encodings), default=0)
+        if most is not None and longest > most:
+            raise Refused("too_large", f"the prompt has {longest} tokens; a job has room for {most}")
         rows: list[list[int]] = [encoding.ids for encoding in encodings]
         if add_bos and self.bos_id is not None:
             return [row if row[:1] == [self.bos_id] else [self.bos_id, *row] for row in rows]
@@ -95,10 +103,14 @@ class Tokenizer:
         return choose(self._templates, tools is not None).render(messages, add_generation_prompt, tools)
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
-    ) -> list[int]:
-        """Token ids of the rendered messages; the template writes the first token itself. Raises Refused."""
-        return self.encode(self.render(messages, tools=tools), add_bos=False)
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None,
+        most: int | None = None,
+    ) -> list[int]:  # fmt: skip
+        """Token ids of the rendered messages; the template writes the first token itself. `most`: as `encode_batch`.
+
+        Raises Refused.
+        """
+        return self.encode_batch([self.render(messages, tools=tools)], add_bos=False, most=most)[0]
 
 
 def _check_text(text: str) -> None:

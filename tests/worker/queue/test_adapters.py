@@ -61,10 +61,10 @@ def test_what_cannot_be_had_is_no_adapter(name, digest, said):
 class Words:
     """A tokenizer with one id a word."""
 
-    def encode_batch(self, texts, add_bos=None):
+    def encode_batch(self, texts, add_bos=None, most=None):
         return [[0] * (add_bos is not False) + [len(word) for word in text.split()] for text in texts]
 
-    def encode_chat(self, messages):
+    def encode_chat(self, messages, most=None):
         return [len(messages)]
 
 
