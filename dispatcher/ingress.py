@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 from redis import Redis
@@ -14,7 +16,7 @@ from redis.exceptions import RedisError, ResponseError
 from lorayard.shared.connect import is_away
 from lorayard.shared.errors import Refused
 from lorayard.shared.keys import CLASSES, GROUP
-from lorayard.shared.scripts import Scripts
+from lorayard.shared.scripts import Arrival, Scripts
 
 from .published import Published, read_published
 from .validate import JOB_ID, Entry, Judged, judge, record
@@ -116,19 +118,43 @@ class Ingress:
     def _handle(self, batch: Batch, gpu_for: Callable[[str], str]) -> Counter[str]:
         if not batch:
             return Counter()
-        pipe = self.scripts.redis.pipeline(transaction=False)
-        for stream, entry, fields in batch:
-            if stream == self.keys.control:
-                self._control(entry, fields, pipe)
-            else:
-                self._admit(stream, self._judge(Entry(self._classes[stream], entry, fields)), entry, gpu_for, pipe)
-        answers = pipe.execute(raise_on_error=False)
-        failures = [answer for answer in answers if isinstance(answer, RedisError)]
-        if len(failures) == len(answers) and is_away(failures[0]):
-            raise failures[0]
+        steps: Iterator[Any] = (self._step(stream, entry, fields, gpu_for) for stream, entry, fields in batch)
+        outcomes: list[str] = []
+        for are_jobs, group in groupby(steps, lambda step: isinstance(step, Arrival)):  # so the order is kept
+            send = partial(self.scripts.accept, limit=self.limit) if are_jobs else self._run
+            outcomes += send(group)
+        failures = [outcome for outcome in outcomes if outcome.startswith("-")]
         if failures:
-            log.error("%d of %d entries failed: %s", len(failures), len(answers), failures[0])
-        return Counter(answer.decode() for answer in answers if not isinstance(answer, RedisError))
+            log.error("%d of %d entries failed: %s", len(failures), len(outcomes), failures[0][1:])
+        return Counter(outcome for outcome in outcomes if not outcome.startswith("-"))
+
+    def _run(self, calls: Iterable[Any]) -> list[str]:
+        """The outcomes of script calls, each of which takes the pipeline that it is sent by."""
+        pipe = self.redis.pipeline(transaction=False)
+        for call in calls:
+            call(pipe=pipe)
+        answers: list[Any] = pipe.execute(raise_on_error=False)
+        away = next((answer for answer in answers if isinstance(answer, RedisError) and is_away(answer)), None)
+        if away is not None:
+            raise away
+        return [f"-{answer}" if isinstance(answer, RedisError) else answer.decode() for answer in answers]
+
+    def _step(
+        self, stream: str, entry: str, fields: Mapping[bytes, bytes], gpu_for: Callable[[str], str]
+    ) -> Arrival | partial[Any]:
+        """What is to be done about an entry: the job to accept, or a script call."""
+        if stream == self.keys.control:
+            return self._control(entry, fields)
+        judged = self._judge(Entry(self._classes[stream], entry, fields))
+        job, refusal = judged.job, judged.refusal
+        if job is not None:
+            lane, gpu = f"{job.cls}:{job.combination}", gpu_for(job.combination)
+            return Arrival(stream, entry, job.id, lane, judged.fingerprint, gpu, record(job))
+        assert refusal is not None
+        return partial(
+            self.scripts.reject, stream, entry, judged.id, judged.fingerprint, refusal.code, str(refusal),
+            judged.reply, judged.batch, judged.ttl,
+        )  # fmt: skip
 
     def _judge(self, entry: Entry) -> Judged:
         """The verdict on the yard as it is: an adapter that seems unknown or changed is looked up again first."""
@@ -139,22 +165,11 @@ class Ingress:
             judged = judge(entry, self.yard)
         return judged
 
-    def _admit(self, stream: str, judged: Judged, entry: str, gpu_for: Callable[[str], str], pipe: Any) -> None:
-        job, refusal = judged.job, judged.refusal
-        if job is not None:
-            lane, gpu = f"{job.cls}:{job.combination}", gpu_for(job.combination)
-            self.scripts.accept(stream, entry, job.id, lane, judged.fingerprint, self.limit, gpu, record(job), pipe)
-        elif refusal is not None:
-            self.scripts.reject(
-                stream, entry, judged.id, judged.fingerprint, refusal.code, str(refusal),
-                judged.reply, judged.batch, judged.ttl, pipe,
-            )  # fmt: skip
-
-    def _control(self, entry: str, fields: Mapping[bytes, bytes], pipe: Any) -> None:
+    def _control(self, entry: str, fields: Mapping[bytes, bytes]) -> partial[Any]:
         try:
-            self.scripts.cancel(entry, cancelled_id(fields), pipe)
+            return partial(self.scripts.cancel, entry, cancelled_id(fields))
         except Refused as refusal:
-            self.scripts.reject(self.keys.control, entry, "", "", refusal.code, str(refusal), pipe=pipe)
+            return partial(self.scripts.reject, self.keys.control, entry, "", "", refusal.code, str(refusal))
 
 
 def cancelled_id(fields: Mapping[bytes, bytes]) -> str:

@@ -60,11 +60,11 @@ class Judged:
 def judge(entry: Entry, yard: Published) -> Judged:
     """Check one entry against the contract and the yard. Never raises."""
     values, refusal = read(entry.fields)
-    fingerprint = _raw_fingerprint(entry)
     try:
         job_id = _job_id(entry, values)
     except Refused as bad_id:
-        return Judged("", fingerprint, *_route(values), refusal=bad_id)
+        return Judged("", _raw_fingerprint(entry), *_route(values), refusal=bad_id)
+    fingerprint = ""
     try:
         if refusal is not None:
             raise refusal
@@ -72,11 +72,11 @@ def judge(entry: Entry, yard: Published) -> Judged:
         fingerprint = job.fingerprint("seed" not in values)
         return Judged(job_id, fingerprint, *_route(values), job=_bind(job, values.get("adapter_digest"), yard))
     except Refused as refused:
-        return Judged(job_id, fingerprint, *_route(values), refusal=refused)
+        return Judged(job_id, fingerprint or _raw_fingerprint(entry), *_route(values), refusal=refused)
     except Exception:
         log.exception("entry %s of class %s could not be checked", entry.entry, entry.cls)
         fault = Refused("internal", "the dispatcher failed on this request; its log has the traceback")
-        return Judged(job_id, fingerprint, *_route(values), refusal=fault)
+        return Judged(job_id, fingerprint or _raw_fingerprint(entry), *_route(values), refusal=fault)
 
 
 def record(job: Job) -> dict[str, Value]:
@@ -237,7 +237,7 @@ def _bind(job: Job, asked: str | None, yard: Published) -> Job:
     if job.messages is not None and not yard.has_chat_template:
         raise Refused("bad_field", "messages needs a chat template, which this model does not have; send prompt")
     _check_room(job, yard)
-    return replace(job, digests=digests)
+    return replace(job, digests=digests) if digests else job
 
 
 def _check_room(job: Job, yard: Published) -> None:

@@ -1,13 +1,13 @@
--- A valid stream entry becomes a job, once: XACK succeeds for one dispatcher only.
--- KEYS[1] intake stream. ARGV[3] entry, [4] id, [5] lane CLASS:COMBINATION, [6] fingerprint, [7] most jobs of the class,
--- [8] GPU to try first or '', [9] fields of the job's hash in pairs, packed by msgpack (reply, batch, req, ..., and ttl as
--- `keep`, because RQ would apply a field `ttl` to the waiting job).
--- -> accepted | assigned | duplicate | conflict | busy | expired | cancelled | stale
-local stream, entry, id, lane, fingerprint = KEYS[1], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
-if call('XACK', stream, 'yard', entry) == 0 then return 'stale' end
-local key = job_key(id)
+-- Valid stream entries become jobs, each once: XACK, the first write for an entry, succeeds for one dispatcher only.
+-- ARGV[3] most jobs of a class, [4..] an entry each, packed by msgpack: {stream, entry, id, lane CLASS:COMBINATION,
+-- fingerprint, GPU to try first or '', fields of the job's hash in pairs}. The fields are reply, batch, req, ..., and ttl
+-- as `keep`, because RQ would apply a field `ttl` to the waiting job.
+-- -> for each entry accepted | assigned | duplicate | conflict | busy | expired | cancelled | stale, or - and what is wrong
+-- in Redis, which harms no other entry
+local limit = tonumber(ARGV[3])
 
-local function accept()
+local function accept(stream, entry, id, lane, fingerprint, gpu, fields)
+  local key = job_key(id)
   local known = call('HMGET', key, 'fp', 'code')
   if known[1] and known[2] ~= 'busy' then
     if known[1] == fingerprint then return 'duplicate' end
@@ -17,14 +17,14 @@ local function accept()
   call('DEL', key, P .. 'out:' .. id, P .. 'reply:' .. id)
   call('HSET', key, 'fp', fingerprint, 'lane', lane, 'ms', now, 'status', 'deferred', 'origin', 'lanes',
     'created_at', utc(now), 'enqueued_at', '', 'started_at', '', 'ended_at', '', 'worker_name', '',
-    unpack(cmsgpack.unpack(ARGV[9])))
+    unpack(fields))
   if call('DEL', P .. 'cancelled:' .. id) == 1 then
     answer(id, 'canceled', {'ev', 'cancelled'})
     return 'cancelled'
   end
   local class = class_of(lane)
-  if tonumber(call('HGET', P .. 'depth', class) or 0) >= tonumber(ARGV[7]) then
-    local message = ARGV[7] .. ' jobs of class ' .. class .. ' are waiting; submit again later'
+  if tonumber(call('HGET', P .. 'depth', class) or 0) >= limit then
+    local message = ARGV[3] .. ' jobs of class ' .. class .. ' are waiting; submit again later'
     bury(stream, entry, 'busy', message)
     answer(id, 'failed', {'ev', 'error', 'code', 'busy', 'error', message})
     return 'busy'
@@ -38,7 +38,6 @@ local function accept()
   end
   call('HINCRBY', P .. 'depth', class, 1)
   if deadline then call('ZADD', P .. 'deadlines', deadline, id) end
-  local gpu = ARGV[8]
   if gpu ~= '' and call('EXISTS', lane_key(lane)) == 0 and room(gpu, combination_of(lane)) > 0 then
     queue_on(gpu, id, lane)
     call('RPUSH', queue_key(gpu), id)
@@ -49,6 +48,18 @@ local function accept()
   return 'accepted'
 end
 
-local outcome = accept()
-call('XDEL', stream, entry)
-return outcome
+local function take(packed)
+  local row = cmsgpack.unpack(packed)
+  local stream, entry = row[1], row[2]
+  if call('XACK', stream, 'yard', entry) == 0 then return 'stale' end
+  local outcome = accept(unpack(row))
+  call('XDEL', stream, entry)
+  return outcome
+end
+
+local outcomes = {}
+for i = 4, #ARGV do
+  local ok, said = pcall(take, ARGV[i])
+  outcomes[i - 3] = ok and said or '-' .. (type(said) == 'table' and said.err or tostring(said))
+end
+return outcomes

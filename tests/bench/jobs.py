@@ -31,7 +31,7 @@ from lorayard.shared.connect import connect
 from lorayard.shared.embedded import EmbeddedRedis
 from lorayard.shared.job import Job, SamplingParams
 from lorayard.shared.keys import GROUP, Keys
-from lorayard.shared.scripts import Scripts
+from lorayard.shared.scripts import Arrival, Scripts
 from lorayard.worker.queue.adapters import AdapterLibrary
 from lorayard.worker.queue.prepare import Prepared, Preparer
 from lorayard.worker.queue.worker import LEASE_MS, SOCKET_TIMEOUT_S, GpuWorker
@@ -181,12 +181,13 @@ class Yard:
                 pipe.xadd(stream, {"id": job_id})
             entries = [entry.decode() for entry in pipe.execute()]
             self.redis.xreadgroup(GROUP, "bench", {stream: ">"})
+            arrivals = []
             for job_id, entry in zip(ids, entries, strict=True):
                 job = Job(job_id, sampling=SamplingParams(seed=7), max_tokens=1, reply="batch", batch="b",
                           **{"tokens": (1, 2, 3, 4)} | fields)  # fmt: skip
-                self.scripts.accept(stream, entry, job_id, "normal:base", job_id, 10**6, GPU, record(job), pipe)
-            outcomes = set(pipe.execute())
-            assert outcomes == {b"assigned"}, outcomes
+                arrivals.append(Arrival(stream, entry, job_id, "normal:base", job_id, GPU, record(job)))
+            outcomes = set(self.scripts.accept(arrivals, 10**6))
+            assert outcomes == {"assigned"}, outcomes
         return (cpu_s() - start) / jobs
 
     def redis_cpu_s(self) -> float:

@@ -10,7 +10,7 @@ import pytest
 import redis as redis_py
 
 from lorayard.dispatcher.placer import FORSAKE_MS
-from lorayard.shared.scripts import Scripts
+from lorayard.shared.scripts import Arrival, Scripts
 
 from .conftest import HOLD, LiveYard
 from .fake import DIGESTS, KEYS, FakeWorker, combination, dead, events, hold, publish
@@ -81,7 +81,8 @@ def lane_of(yard: SimulatedYard, digest: str) -> str:
     entry = yard.redis.xadd(KEYS.stream("normal"), {"prompt": "p"})
     yard.redis.xreadgroup("yard", "d", {KEYS.stream("normal"): ">"})
     fields = {"keep": 60, "reply": "stream", "batch": "", "req": b"request", "v": 1}
-    assert yard.scripts.accept(KEYS.stream("normal"), entry, "j", lane, "fp", 9, "", fields) == "accepted"
+    arrival = Arrival(KEYS.stream("normal"), entry.decode(), "j", lane, "fp", "", fields)
+    assert yard.scripts.accept([arrival], 9) == ["accepted"]
     return lane
 
 

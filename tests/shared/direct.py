@@ -7,7 +7,7 @@ from typing import Any
 import redis as redis_py
 
 from lorayard.shared.keys import GROUP
-from lorayard.shared.scripts import Scripts
+from lorayard.shared.scripts import Arrival, Scripts
 
 from ..dispatcher.fake import KEYS, combination
 
@@ -36,7 +36,8 @@ class Client:
     ) -> str:  # fmt: skip
         fields = {"keep": 60, "reply": "stream", "batch": "", "req": b"request", "v": 1, **more}
         stream = KEYS.stream("normal")
-        return str(self.scripts.accept(stream, self.entry(), job_id, f"{cls}:{name}", fp, limit, gpu, fields))
+        arrival = Arrival(stream, self.entry(), job_id, f"{cls}:{name}", fp, gpu, fields)
+        return self.scripts.accept([arrival], limit)[0]
 
     def cancel(self, job_id: str) -> str:
         return str(self.scripts.cancel(self.entry(KEYS.control, op="cancel", id=job_id), job_id))

@@ -15,7 +15,7 @@ import redis as redis_py
 
 from lorayard.shared.job import Job
 from lorayard.shared.keys import GROUP, Keys
-from lorayard.shared.scripts import Lease, Scripts
+from lorayard.shared.scripts import Arrival, Lease, Scripts
 from lorayard.worker.queue.prepare import Prepared
 from lorayard.worker.queue.worker import GpuWorker
 
@@ -99,10 +99,9 @@ class Bench:
             "req": job.pack(), "v": 1, "data": b'["f",null,[],{}]', "timeout": -1, "retries_left": 1000000,
             "keep": job.ttl, "reply": job.reply,
         } | ({"stream": "1"} if job.stream else {}) | fields  # fmt: skip
-        outcome: str = self.scripts.accept(
-            stream, entry.decode(), job.id, f"normal:{job.combination}", job.fingerprint(True), 10**6, gpu, record
-        )
-        return outcome
+        lane = f"normal:{job.combination}"
+        arrival = Arrival(stream, entry.decode(), job.id, lane, job.fingerprint(True), gpu, record)
+        return self.scripts.accept([arrival], 10**6)[0]
 
     def cancel(self, job_id: str) -> str:
         """The outcome of CANCEL."""
