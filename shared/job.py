@@ -13,6 +13,9 @@ import msgpack
 
 from . import WIRE_VERSION
 from .errors import Refused
+from .sampling import SamplingParams, packed
+
+__all__ = ["ADAPTER_ID", "BASE", "MAX_RANK_SUM", "Job", "LoraSet", "SamplingParams", "combination"]
 
 ADAPTER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MAX_ADAPTERS = 8
@@ -85,52 +88,6 @@ def combination(ids: tuple[str, ...], digests: tuple[str, ...]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How the next token is drawn. The defaults alter nothing: plain sampling at temperature 1.
-
-    temperature: logits are divided by it; 0 is greedy (the lowest id wins a tie).
-    top_k: keep the k largest; 0 keeps all. top_p: keep the smallest set whose probability reaches p (nucleus,
-    Holtzman 2019; the crossing token is kept). min_p: keep tokens with at least min_p times the top probability.
-    repetition_penalty: logits of seen tokens (prompt included) are divided by it if positive, else multiplied
-    (CTRL, Keskar 2019). frequency_penalty, presence_penalty: subtracted per occurrence / once, generated tokens only
-    (OpenAI's definition). seed: 64 bits; None draws one when the job is accepted.
-
-    Raises Refused("bad_field") naming the field.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, (low, high) in SAMPLING_RANGES.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-                raise Refused("bad_field", f"{name} must be between {low:g} and {high:g}, not {value!r}")
-        if not isinstance(self.top_k, int):
-            raise Refused("bad_field", f"top_k must be a whole number, not {self.top_k!r}")
-        if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 1 << 64):
-            raise Refused("bad_field", f"seed must be a whole number between 0 and 2^64-1, not {self.seed!r}")
-
-
-SAMPLING_RANGES = {
-    "temperature": (0.0, 100.0),
-    "top_k": (0, 1 << 31),
-    "top_p": (1e-6, 1.0),
-    "min_p": (0.0, 1.0),
-    "repetition_penalty": (0.01, 100.0),
-    "frequency_penalty": (-100.0, 100.0),
-    "presence_penalty": (-100.0, 100.0),
-}
-"""Inclusive range of every number in `SamplingParams` but the seed."""
-
-
-@dataclass(frozen=True, slots=True)
 class Job:
     """One accepted request. Exactly one of prompt, messages and tokens is set."""
 
@@ -152,6 +109,15 @@ class Job:
     batch: str | None = None
     deadline_ms: int | None = None
     ttl: int = 3600
+    n: int = 1
+    """Samples of the prompt."""
+    logprobs: int | None = None
+    """How many of the likeliest tokens are told with each new token."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt."""
+    return_token_ids: bool = False
+    token_healing: bool = False
+    banned_strings: tuple[str, ...] = ()
 
     @property
     def combination(self) -> str:
@@ -164,9 +130,10 @@ class Job:
         return packed
 
     def _body(self) -> dict[str, Any]:
-        body = {name: getattr(self, name) for name in _JOB_FIELDS}
-        sampling = {name: getattr(self.sampling, name) for name in _SAMPLING_FIELDS}
-        return body | {"v": WIRE_VERSION, "lora": self.lora.adapters, "sampling": sampling}
+        """Fields that came after the first version are there only if they are set: the digests of others stay."""
+        body = {name: getattr(self, name) for name in _FIRST_FIELDS}
+        body |= {name: getattr(self, name) for name in _LATER_FIELDS if getattr(self, name) != _LATER_FIELDS[name]}
+        return body | {"v": WIRE_VERSION, "lora": self.lora.adapters, "sampling": packed(self.sampling)}
 
     @classmethod
     def unpack(cls, data: bytes) -> Job:
@@ -187,5 +154,5 @@ class Job:
         return hashlib.blake2b(msgpack.packb(body), digest_size=16).hexdigest()
 
 
-_JOB_FIELDS = [field.name for field in fields(Job)]
-_SAMPLING_FIELDS = [field.name for field in fields(SamplingParams)]
+_LATER_FIELDS = {field.name: field.default for field in fields(Job)[17:]}
+_FIRST_FIELDS = [field.name for field in fields(Job) if field.name not in _LATER_FIELDS]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import msgpack
 import pytest
@@ -51,7 +52,9 @@ def test_a_combination_has_no_scales_but_the_bytes() -> None:
     "wrong",
     [{"temperature": -1}, {"temperature": "1"}, {"temperature": True}, {"top_k": 1.5}, {"top_k": -1}, {"top_p": 0},
      {"top_p": 1.1}, {"min_p": -0.1}, {"repetition_penalty": 0}, {"seed": -1}, {"seed": 1 << 64}, {"seed": 1.0},
-     {"temperature": float("nan")}],
+     {"temperature": float("nan")}, {"mirostat": 1}, {"temperature_last": "yes"}, {"dry_range": 0.5},
+     {"smoothing_curve": 0.5}, {"top_a": 2}, {"logit_bias": ((1, float("inf")),)}, {"logit_bias": ((-1, 1.0),)},
+     {"allowed_tokens": ()}, {"banned_tokens": (True,)}, {"xtc_ignore": ("a",)}, {"dry_breakers": (-1,)}],
 )  # fmt: skip
 def test_sampling_outside_its_ranges_is_refused_by_name(wrong: dict[str, object]) -> None:
     with pytest.raises(Refused, match=next(iter(wrong))) as refused:
@@ -86,6 +89,27 @@ def test_the_fingerprint_is_the_request() -> None:
     other = replace(FULL, sampling=replace(FULL.sampling, seed=1))
     assert other.fingerprint(False) != fingerprint
     assert other.fingerprint(True) == FULL.fingerprint(True), "a drawn seed is no part of the request"
+
+
+@pytest.mark.parametrize(
+    ("job", "digest"),
+    [(FULL, "e6350bb195243ee06a66b5d62134e7fd"), (Job("k", prompt="p"), "06b8e6c8e72829864798dba9ff44651b"),
+     (Job("l", tokens=(1, 2, 3), stream=True), "28e85285833943ea33901e68b243d4d8")],
+)  # fmt: skip
+def test_a_new_field_changes_no_older_fingerprint(job: Job, digest: str) -> None:
+    """These digests are of the first version: a client that sends an id again must meet the one it sent before."""
+    assert job.fingerprint(drawn_seed=False) == digest
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"n": 2}, {"logprobs": 0}, {"prompt_logprobs": 1}, {"return_token_ids": True}, {"token_healing": True},
+     {"banned_strings": ("x",)}, {"sampling": SamplingParams(top_a=0.5, logit_bias=((3, 1.0),), allowed_tokens=(1,))}],
+)  # fmt: skip
+def test_a_new_field_is_part_of_the_request(changes: dict[str, Any]) -> None:
+    plain = Job("k", prompt="p")
+    changed = replace(plain, **changes)
+    assert changed.fingerprint(False) != plain.fingerprint(False) and Job.unpack(changed.pack()) == changed
 
 
 def test_every_code_has_a_meaning() -> None:

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorayard.shared.job import SamplingParams
-from lorayard.worker.generate.sampler import Draw, sample, uniform
+from lorayard.worker.generate.mask import Mask
+from lorayard.worker.generate.sampler import Choice, Draw, sample, uniform
 
 VOCAB = 32
 
@@ -19,11 +20,15 @@ def draw(
     token_ids: list[int] | None = None, prompt: int = 0, seed: int = 0, blocked: tuple[int, ...] = (), **params: float
 ) -> Draw:  # fmt: skip
     sampling = SamplingParams(**params)  # type: ignore[arg-type]
-    return Draw(sampling, token_ids or [], prompt, seed, 0, blocked)
+    return Draw(sampling, token_ids or [], prompt, seed, mask=Mask(blocked=frozenset(blocked)))
 
 
 def one(logits: list[float], each: Draw) -> int | None:
-    return sample(torch.tensor([logits]), [each], len(logits))[0]
+    return tokens(sample(torch.tensor([logits]), [each], len(logits)))[0]
+
+
+def tokens(choices: list[Choice | None]) -> list[int | None]:
+    return [None if choice is None else choice.token for choice in choices]
 
 
 def support(logits: list[float], count: int = 400, **params: float) -> set[int]:
@@ -40,10 +45,11 @@ def test_greedy_takes_the_largest_and_the_lowest_id_of_equals() -> None:
 
 def test_frequencies_follow_the_probabilities() -> None:
     logits = [0.0, math.log(2), math.log(5)]
-    drawn = sample(torch.tensor([logits] * 3000), [draw(seed=seed) for seed in range(3000)], 3)
+    drawn = tokens(sample(torch.tensor([logits] * 3000), [draw(seed=seed) for seed in range(3000)], 3))
     shares = [drawn.count(id) / 3000 for id in range(3)]
     assert shares == pytest.approx([1 / 8, 2 / 8, 5 / 8], abs=0.03)
-    cold = sample(torch.tensor([logits] * 3000), [draw(seed=seed, temperature=0.5) for seed in range(3000)], 3)
+    colder = [draw(seed=seed, temperature=0.5) for seed in range(3000)]
+    cold = tokens(sample(torch.tensor([logits] * 3000), colder, 3))
     assert cold.count(2) / 3000 == pytest.approx(25 / 30, abs=0.03)
 
 
@@ -88,7 +94,7 @@ def test_frequency_and_presence_count_generated_tokens_only() -> None:
 
 def test_blocked_ids_and_ids_without_a_token_never_come() -> None:
     assert one([1.0, 9.0, 5.0], draw(temperature=0, blocked=(1,))) == 2
-    assert sample(torch.tensor([[1.0, 2.0, 9.0]]), [draw(temperature=0)], 2) == [1]
+    assert tokens(sample(torch.tensor([[1.0, 2.0, 9.0]]), [draw(temperature=0)], 2)) == [1]
     assert one([1.0, 2.0], draw(temperature=0, blocked=(0, 1))) is None
 
 
@@ -124,6 +130,20 @@ PARAMS = st.builds(
     repetition_penalty=st.sampled_from([1.0, 1.3]),
     frequency_penalty=st.sampled_from([0.0, 0.5]),
     presence_penalty=st.sampled_from([0.0, -0.5]),
+    temperature_last=st.booleans(),
+    max_temp=st.sampled_from([0.0, 0.0, 2.0]),
+    smoothing_factor=st.sampled_from([0.0, 0.0, 0.4]),
+    top_a=st.sampled_from([0.0, 0.0, 0.3]),
+    tfs=st.sampled_from([1.0, 1.0, 0.8]),
+    typical=st.sampled_from([1.0, 1.0, 0.7]),
+    mirostat=st.booleans(),
+    xtc_probability=st.sampled_from([0.0, 0.0, 0.5]),
+    skew=st.sampled_from([0.0, 0.0, 0.7]),
+    repetition_range=st.sampled_from([-1, 3]),
+    repetition_decay=st.sampled_from([0, 3]),
+    dry_multiplier=st.sampled_from([0.0, 0.0, 1.0]),
+    logit_bias=st.sampled_from([(), ((3, 2.0), (7, -2.0))]),
+    allowed_tokens=st.sampled_from([None, None, tuple(range(9))]),
 )
 
 
@@ -131,8 +151,8 @@ PARAMS = st.builds(
 @given(params=st.lists(PARAMS, min_size=1, max_size=24), seed=st.integers(0, 1 << 32))
 def test_a_row_draws_the_same_alone_and_among_others(params: list[SamplingParams], seed: int) -> None:
     logits = 3 * torch.randn(len(params), VOCAB, generator=torch.Generator().manual_seed(seed))
-    tokens = torch.randint(VOCAB, (8,), generator=torch.Generator().manual_seed(seed)).tolist()
-    draws = [Draw(each, tokens, 4, seed) for each in params]
+    said = torch.randint(VOCAB, (8,), generator=torch.Generator().manual_seed(seed)).tolist()
+    draws = [Draw(each, said, 4, seed, mask=Mask.of(each), mu=3, ignored=frozenset([5])) for each in params]
     together = sample(logits.clone(), draws, VOCAB)
     alone = [sample(logits[i : i + 1].clone(), [each], VOCAB)[0] for i, each in enumerate(draws)]
     assert together == alone

@@ -12,6 +12,7 @@ from lorayard.shared.job import SamplingParams
 from ..cache.page import chain
 from ..text.stream import TextStream
 from .event import Event, Handle
+from .mask import Mask
 from .sampler import Draw
 from .stop import StopScanner
 
@@ -74,8 +75,9 @@ class Generation:
     def draw(self) -> Draw:
         """What the sampler needs for the next token. Until min_tokens are there, nothing that stops may come."""
         request = self.request
-        blocked = sorted(request.stop_ids) if self.new_tokens < request.min_tokens else ()
-        return Draw(request.sampling, self.token_ids, len(request.prompt), request.seed, request.sample, blocked)
+        mask = Mask.of(request.sampling)
+        mask = mask.without(request.stop_ids) if self.new_tokens < request.min_tokens else mask
+        return Draw(request.sampling, self.token_ids, len(request.prompt), request.seed, request.sample, 0, mask)
 
     def accept(self, token: int) -> Event:
         """Take the next token; the event is the last one if the job ends with it."""

@@ -20,7 +20,7 @@ from ..models.model import Model
 from ..text.tokenizer import Tokenizer
 from .event import Event, Handle
 from .generation import Generation, Request
-from .sampler import sample
+from .sampler import Choice, sample
 from .scheduler import Scheduler, Span
 from .step import build_batch
 from .stop import StopScanner
@@ -182,12 +182,12 @@ class Generator:
             if complete:
                 self._apply(span.generation, next(tokens))
 
-    def _apply(self, job: Generation, token: int | None) -> None:
-        if token is None:
+    def _apply(self, job: Generation, choice: Choice | None) -> None:
+        if choice is None:
             error = Refused("internal", "the model's logits are not numbers, or leave no token to choose")
             self._end(job, job.end("error", error=error))
             return
-        event = job.accept(token)
+        event = job.accept(choice.token)
         if event.finished:
             self._end(job, event)
         else:

@@ -1,28 +1,34 @@
 """From logits to the next token, each row by itself: what a row draws does not depend on the rows beside it.
 
-The order: penalties, blocked ids, temperature, top-k, top-p, min-p, draw. Each of top-k, top-p and min-p looks at the
-probabilities that the one before it left, in the order of larger logits and, among equals, lower ids.
+The order is ExLlamaV2's: LOGIT_STEPS (penalties, DRY, mask), softmax with temperature and smoothing, then the steps of
+FILTERS, each on the probabilities that the one before it left, then the draw. A setting that is neutral leaves its step
+out, so logits that nobody asked to change keep their bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lorayard.shared.job import SamplingParams
 
-MASK = (1 << 64) - 1
+from . import filters, penalties
+from .mask import Mask
+
+BITS = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
     """What the next token of one sequence depends on, besides its logits.
 
-    token_ids: prompt and generated tokens, the first `prompt_tokens` being the prompt. seed, sample: 64 bits each;
-    with the position (the number of tokens before) they fix the random number. blocked: ids that may not come now.
+    token_ids: prompt and generated tokens, the first `prompt_tokens` being the prompt. seed, sample, attempt: with the
+    position (the number of tokens before) they fix the random number; attempt counts how often text was taken back.
+    mu: mirostat's. breakers, ignored: ids that DRY and XTC leave alone.
     """
 
     params: SamplingParams
@@ -30,69 +36,132 @@ class Draw:
     prompt_tokens: int
     seed: int
     sample: int = 0
-    blocked: Sequence[int] = ()
+    attempt: int = 0
+    mask: Mask = Mask()
+    mu: float = 0.0
+    breakers: frozenset[int] = frozenset()
+    ignored: frozenset[int] = frozenset()
 
 
-def uniform(seed: int, sample: int, position: int) -> float:
-    """A number in [0, 1) with 53 random bits: the SplitMix64 mix (Steele 2014) of seed, sample and position in turn."""
+class Choice(NamedTuple):
+    """The next token; its probability in the draw that chose it; mirostat's mu after it."""
+
+    token: int
+    probability: float = 1.0
+    mu: float = 0.0
+
+
+def uniform(seed: int, sample: int, position: int, attempt: int = 0) -> float:
+    """A number in [0, 1) with 53 random bits: the SplitMix64 mix (Steele 2014) of the words in turn."""
     state = 0
-    for word in (seed, sample, position):
-        state = _mix((state ^ word) + 0x9E3779B97F4A7C15 & MASK)
+    for word in (seed, sample, position, attempt) if attempt else (seed, sample, position):
+        state = _mix((state ^ word) + 0x9E3779B97F4A7C15 & BITS)
     return (state >> 11) / (1 << 53)
 
 
 def _mix(z: int) -> int:
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & MASK
-    z = (z ^ z >> 27) * 0x94D049BB133111EB & MASK
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & BITS
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & BITS
     return z ^ z >> 31
 
 
-def sample(logits: Tensor, draws: Sequence[Draw], vocab_size: int) -> list[int | None]:
+def _penalise(row: Tensor, draw: Draw) -> Tensor:
+    p = draw.params
+    return penalties.penalise(
+        row, draw.token_ids, draw.prompt_tokens, p.repetition_penalty, p.frequency_penalty, p.presence_penalty,
+        p.repetition_range, p.repetition_decay,
+    )  # fmt: skip
+
+
+def _dry(row: Tensor, draw: Draw) -> Tensor:
+    p = draw.params
+    return penalties.dry(
+        row, draw.token_ids, p.dry_multiplier, p.dry_base, p.dry_allowed_length, p.dry_range, p.dry_max_ngram,
+        draw.breakers,
+    )  # fmt: skip
+
+
+def _xtc(p: Tensor, ids: Tensor, draw: Draw) -> Tensor:
+    ignored = torch.isin(ids, torch.tensor(sorted(draw.ignored), dtype=torch.int64, device=ids.device))
+    return filters.xtc(p, draw.params.xtc_probability, draw.params.xtc_threshold, ignored)
+
+
+LOGIT_STEPS: tuple[tuple[Callable[[Draw], bool], Callable[[Tensor, Draw], Tensor]], ...] = (
+    (
+        lambda d: d.params.repetition_penalty != 1 or bool(d.params.frequency_penalty or d.params.presence_penalty),
+        _penalise,
+    ),
+    (lambda d: d.params.dry_multiplier > 0, _dry),
+    (lambda d: d.mask != Mask(), lambda row, d: d.mask.apply(row)),
+)
+"""(whether a row asks for it, logits [V] -> logits [V]) in order."""
+
+FILTERS: tuple[tuple[Callable[[SamplingParams], bool], Callable[[Tensor, Tensor, Draw], Tensor]], ...] = (
+    (lambda s: s.top_k > 0, lambda p, _, d: filters.top_k(p, d.params.top_k)),
+    (lambda s: s.top_p < 1, lambda p, _, d: filters.top_p(p, d.params.top_p)),
+    (lambda s: s.top_a > 0, lambda p, _, d: filters.top_a(p, d.params.top_a)),
+    (lambda s: s.min_p > 0, lambda p, _, d: filters.min_p(p, d.params.min_p)),
+    (lambda s: s.tfs < 1, lambda p, _, d: filters.tail_free(p, d.params.tfs)),
+    (lambda s: s.typical < 1, lambda p, _, d: filters.typical(p, d.params.typical)),
+    (lambda s: s.mirostat, lambda p, _, d: filters.mirostat_cut(p, d.mu)),
+    (
+        lambda s: s.max_temp > s.min_temp,
+        lambda p, _, d: filters.dynamic_temperature(p, d.params.min_temp, d.params.max_temp, d.params.temp_exponent),
+    ),
+    (
+        lambda s: s.temperature_last and s.max_temp <= s.min_temp,
+        lambda p, _, d: filters.sharpen(p, d.params.temperature),
+    ),
+    (lambda s: s.xtc_probability > 0, _xtc),
+)
+"""(whether a row asks for it, probabilities [n] of the ids [n] -> probabilities [n]) in order."""
+
+
+def sample(logits: Tensor, draws: Sequence[Draw], vocab_size: int) -> list[Choice | None]:
     """The next token of each row of float32 logits [L, V]; None where a row holds NaN or allows nothing.
 
     Ids from `vocab_size` on have no token and are never chosen. The logits are altered.
     """
     logits[:, vocab_size:] = -torch.inf
-    for row, draw in zip(logits, draws, strict=True):
-        _penalise(row, draw)
-        if draw.blocked:
-            row[list(draw.blocked)] = -torch.inf
-    best = zip(logits.argmax(-1).tolist(), logits.amax(-1).tolist(), strict=True)
-    chosen: list[int | None] = [id if abs(top) < torch.inf else None for id, top in best]
+    for index, draw in enumerate(draws):
+        for wanted, step in LOGIT_STEPS:
+            if wanted(draw):
+                logits[index] = step(logits[index], draw)
+    best = zip(logits.argmax(-1).tolist(), logits.amax(-1).tolist(), draws, strict=True)
+    chosen = [Choice(id, mu=draw.mu) if abs(top) < torch.inf else None for id, top, draw in best]
     for index, draw in enumerate(draws):
         if draw.params.temperature > 0 and chosen[index] is not None:
             chosen[index] = _draw(logits[index], draw)
     return chosen
 
 
-def _penalise(row: Tensor, draw: Draw) -> None:
+def distribution(row: Tensor, draw: Draw) -> tuple[Tensor | None, Tensor]:
+    """(ids [n] in descending order, None for 0..V-1; their probabilities [n], float64) that a token is drawn from."""
     params = draw.params
-    if params.repetition_penalty != 1:
-        seen = torch.tensor(sorted(set(draw.token_ids)), device=row.device)
-        old = row[seen]
-        row[seen] = torch.where(old > 0, old / params.repetition_penalty, old * params.repetition_penalty)
-    if params.frequency_penalty or params.presence_penalty:
-        new = torch.tensor(draw.token_ids[draw.prompt_tokens :], dtype=torch.int64, device=row.device)
-        counts = new.bincount(minlength=len(row))
-        row -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
+    p = filters.soften(
+        row, 1.0 if params.temperature_last else params.temperature, params.smoothing_factor, params.smoothing_curve
+    )
+    steps = [step for wanted, step in FILTERS if wanted(params)]
+    if not steps and not params.skew:
+        return None, p
+    ids = row.argsort(descending=True, stable=True)
+    p = p[ids]
+    for step in steps:
+        ids, p = ids[p > 0], p[p > 0]
+        p = step(p, ids, draw)
+    if params.skew:
+        order = p.argsort(descending=True, stable=True)
+        ids, p = ids[order], p[order]
+    return ids, p
 
 
-def _draw(row: Tensor, draw: Draw) -> int:
+def _draw(row: Tensor, draw: Draw) -> Choice:
     """A token of one row [V], at a temperature above 0."""
     params = draw.params
-    scaled = (row.double() - row.max()) / params.temperature
-    plain = not params.top_k and params.top_p == 1 and params.min_p == 0
-    ids = None if plain else scaled.argsort(descending=True, stable=True)
-    weights = torch.exp(scaled if ids is None else scaled[ids])
-    if params.top_k:
-        weights = weights[: params.top_k]
-    sums = weights.cumsum(0)
-    if params.top_p < 1:
-        before = sums - weights
-        weights = weights[: int((before < params.top_p * sums[-1]).sum())]
-    if params.min_p > 0:
-        weights = weights[: int((weights >= params.min_p * weights[0]).sum())]
-    sums = sums[: len(weights)]
-    point = uniform(draw.seed, draw.sample, len(draw.token_ids)) * float(sums[-1])
-    place = min(int((sums <= point).sum()), int((weights > 0).nonzero()[-1]))
-    return place if ids is None else int(ids[place])
+    ids, p = distribution(row, draw)
+    number = filters.skewed(uniform(draw.seed, draw.sample, len(draw.token_ids), draw.attempt), params.skew)
+    sums = p.cumsum(0)
+    place = min(int((sums <= number * float(sums[-1])).sum()), int((p > 0).nonzero()[-1]))
+    probability = float(p[place] / sums[-1])
+    mu = filters.next_mu(draw.mu, probability, params.mirostat_tau, params.mirostat_eta) if params.mirostat else 0.0
+    return Choice(place if ids is None else int(ids[place]), probability, mu)
