@@ -112,7 +112,9 @@ def run_worker(url: str, gpu: str, go: Event, end: Event, pipe: Any, held: bool,
         return renew(*args)
 
     beats.renew = timed  # type: ignore[method-assign, assignment]
-    worker = GpuWorker(scripts, beats, gpu, f"{gpu}.{'held' if held else 'free'}", SEATS, lambda: None, lease_ms)
+    worker = GpuWorker(
+        scripts, beats, gpu, f"{gpu}.{'held' if held else 'free'}", SEATS, lambda: None, lambda: None, lease_ms
+    )
     holder = worker.join_yard(60, {"slots": 2, "seats": SEATS, "window": 10**6})
     assert holder is None, holder
     preparer = prepare_texts() if texts else prepare

@@ -41,9 +41,8 @@ class Yard:
         self.engine.gate.set()
         self.dispatcher = Dispatcher(connect(url), Keys())
         scripts = [Scripts(connect(url, socket_timeout=SOCKET_TIMEOUT_S), Keys()) for _ in range(2)]
-        self.worker = GpuWorker(
-            scripts[0], scripts[1], GPU, f"{GPU}.aaaaaa", 8, lambda: self.faults.append(AssertionError()), lease_ms
-        )
+        no_end = [lambda: self.faults.append(AssertionError())] * 2
+        self.worker = GpuWorker(scripts[0], scripts[1], GPU, f"{GPU}.aaaaaa", 8, *no_end, lease_ms)
         assert self.worker.join_yard(30, {"slots": 2, "seats": 8, "window": 16}) is None
         self._threads = [threading.Thread(target=self._run, args=[target]) for target in (self._serve, self._work)]
         for thread in self._threads:

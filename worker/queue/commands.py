@@ -17,7 +17,7 @@ from lorayard.shared.errors import UsageError
 from lorayard.shared.keys import Keys
 from lorayard.shared.scripts import Scripts
 
-from .spec import CACHE_TOKENS, GRACE_S, MAX_BATCH, SLOTS, WorkerSpec, gpu_name
+from .spec import CACHE_TOKENS, GRACE_S, HANG_S, MAX_BATCH, SLOTS, WorkerSpec, gpu_name
 from .supervisor import Supervisor
 
 EXAMPLE = """\b
@@ -59,6 +59,14 @@ Examples:
     metavar="S",
     help="Seconds that running jobs get to finish when the workers are stopped.",
 )
+@click.option(
+    "--hang",
+    type=click.FloatRange(1),
+    default=HANG_S,
+    show_default=True,
+    metavar="S",
+    help="Seconds that a step may take. A worker that takes longer counts as hung, ends and is started again.",
+)
 @redis_options
 def worker(
     model: str,
@@ -70,6 +78,7 @@ def worker(
     cache_tokens: int,
     host: str | None,
     grace: float,
+    hang: float,
     redis_url: str,
     prefix: str,
 ) -> int:
@@ -84,7 +93,7 @@ def worker(
     specs = [
         WorkerSpec(
             gpu, "", os.path.abspath(model), tuple(map(os.path.abspath, adapters)),
-            device if device == "cpu" else (device,), prefix, slots, max_batch, cache_tokens, grace,
+            device if device == "cpu" else (device,), prefix, slots, max_batch, cache_tokens, grace, hang,
         )
         for gpu, device in places(host or socket.gethostname(), cpu_workers, devices)
     ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 
 from lorayard.shared.connect import is_away
@@ -13,22 +14,29 @@ log = logging.getLogger(__name__)
 
 RECORD_S = 80
 """How long RQ's record of a worker outlives its last beat."""
+LONGEST_LOOK_S = 5.0
+"""What counts at most between two looks at the engine: a process that was stopped for a while does not hang."""
 
 
 class Heartbeat(threading.Thread):
     """Beats four times a lease, at least once a second, over a connection of its own.
 
-    `status()` gives the fields of yard:gpu:GPU to publish with a beat. `superseded()` is called, once, in this thread
-    when the GPU has been given to another worker.
+    `status()` gives the fields of yard:gpu:GPU to publish with a beat. This thread ends by calling `superseded()` when
+    the GPU has been given to another worker, or `hung()` when after the first `turned()` none has come for `hang_s`.
     """
 
     def __init__(
         self, scripts: Scripts, gpu: str, worker: str, lease_ms: int,
-        status: Callable[[], Mapping[str, Value]], superseded: Callable[[], object],
+        status: Callable[[], Mapping[str, Value]], superseded: Callable[[], object], hang_s: float,
+        hung: Callable[[], object],
     ) -> None:  # fmt: skip
         super().__init__(name="heartbeat", daemon=True)
         self._scripts, self._gpu, self._worker, self._lease_ms = scripts, gpu, worker, lease_ms
-        self._status, self._superseded = status, superseded
+        self._status, self._superseded, self._hang_s, self._hung = status, superseded, hang_s, hung
+        self.still_s = 0.0
+        """How long the engine's thread has made no turn."""
+        self._turns = self._seen = 0
+        self._looked = 0.0
         self._held: set[str] = set()
         self._lost: set[str] = set()
         self._lock = threading.Lock()
@@ -61,6 +69,10 @@ class Heartbeat(threading.Thread):
         with self._lock:
             self._lost |= self._held.intersection(lost)
 
+    def turned(self) -> None:
+        """The engine's thread begins another turn."""
+        self._turns += 1
+
     def hasten(self) -> None:
         """Let the next beat come at once, to publish a change."""
         self._wake.set()
@@ -70,6 +82,10 @@ class Heartbeat(threading.Thread):
         interval = min(1.0, self._lease_ms / 4000)
         away = False
         while not self._stopping.is_set():
+            if self._hangs():
+                log.critical("worker %s: no step of its engine ended in %g s, so it ends", self._worker, self._hang_s)
+                self._hung()
+                return
             try:
                 self.beat()
                 away = False
@@ -84,6 +100,15 @@ class Heartbeat(threading.Thread):
                 away = True
             self._wake.wait(interval)
             self._wake.clear()
+
+    def _hangs(self) -> bool:
+        now = time.monotonic()
+        if self._turns == self._seen and self._turns:
+            self.still_s += min(now - self._looked, LONGEST_LOOK_S)
+        else:
+            self.still_s = 0.0
+        self._seen, self._looked = self._turns, now
+        return self.still_s > self._hang_s
 
     def stop(self) -> None:
         """End the thread and wait for it."""

@@ -18,7 +18,7 @@ from ..lora.folders import scan
 from . import facts
 from .adapters import AdapterLibrary
 from .prepare import Preparer
-from .spec import SUPERSEDED, WorkerSpec
+from .spec import HUNG, SUPERSEDED, WorkerSpec
 from .worker import SOCKET_TIMEOUT_S, GpuWorker
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ PREDECESSOR_S = 60.0
 
 
 def main() -> None:
-    """Entry point; exits with 0 after draining, an error's own status, or SUPERSEDED."""
+    """Entry point; exits with 0 after draining, an error's own status, SUPERSEDED or HUNG."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("rq").setLevel(logging.WARNING)
     try:
@@ -45,8 +45,10 @@ def run(spec: WorkerSpec, redis_url: str) -> None:
     keys = Keys(spec.prefix)
     scripts = Scripts(connect(redis_url, socket_timeout=SOCKET_TIMEOUT_S), keys)
     beats = Scripts(connect(redis_url, socket_timeout=SOCKET_TIMEOUT_S), keys)
-    superseded = functools.partial(os._exit, SUPERSEDED)
-    worker = GpuWorker(scripts, beats, spec.gpu, spec.worker, spec.max_batch, superseded)
+    superseded, hung = (functools.partial(os._exit, status) for status in (SUPERSEDED, HUNG))
+    worker = GpuWorker(
+        scripts, beats, spec.gpu, spec.worker, spec.max_batch, superseded, hung, hang_s=spec.hang_s
+    )  # fmt: skip
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.drain(spec.grace_s))
     holder = worker.join_yard(

@@ -10,8 +10,11 @@ MAX_BATCH = 64
 SLOTS = 8
 CACHE_TOKENS = 32768
 GRACE_S = 30.0
+HANG_S = 120.0
 SUPERSEDED = 75
 """Exit status of a worker whose GPU has been given to another (EX_TEMPFAIL of sysexits.h)."""
+HUNG = 70
+"""Exit status of a worker whose engine hangs (EX_SOFTWARE)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,8 @@ class WorkerSpec:
     cache_tokens: int = CACHE_TOKENS
     grace_s: float = GRACE_S
     """What running jobs get to finish after SIGTERM."""
+    hang_s: float = HANG_S
+    """How long a step may take before the engine counts as hung, and the worker ends with status HUNG."""
     holder: str = ""
     """Under which name the supervisor publishes the adapters that this worker can read."""
 

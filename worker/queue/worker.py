@@ -23,6 +23,7 @@ from .helper import Helper
 from .outbox import Outbox
 from .prepare import Prepared
 from .running import Running
+from .spec import HANG_S
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +53,8 @@ class Engine(Protocol):
 class GpuWorker(BaseWorker):
     """RQ's worker of one GPU queue, with many jobs in flight: the record is RQ's, the work loop is ours.
 
-    `superseded` is called in the heartbeat's thread when the GPU has been given to another worker. `beat_scripts` has
-    the heartbeat's own connection.
+    In the heartbeat's thread `superseded` is called when the GPU has been given to another worker, `hung` when a step
+    of the engine takes longer than `hang_s`. `beat_scripts` has the heartbeat's own connection.
     """
 
     connection_timeout = SOCKET_TIMEOUT_S
@@ -61,13 +62,14 @@ class GpuWorker(BaseWorker):
 
     def __init__(
         self, scripts: Scripts, beat_scripts: Scripts, gpu: str, name: str, seats: int,
-        superseded: Callable[[], object], lease_ms: int = LEASE_MS,
+        superseded: Callable[[], object], hung: Callable[[], object], lease_ms: int = LEASE_MS,
+        hang_s: float = HANG_S,
     ) -> None:  # fmt: skip
         super().__init__(
             [gpu], name=name, connection=scripts.redis, serializer=JSONSerializer, worker_ttl=RECORD_S - 60
         )
         self.scripts, self.gpu, self.seats, self.lease_ms = scripts, gpu, seats, lease_ms
-        self.heart = Heartbeat(beat_scripts, gpu, name, lease_ms, self._status, superseded)
+        self.heart = Heartbeat(beat_scripts, gpu, name, lease_ms, self._status, superseded, hang_s, hung)
         self._condition = "loading"
         self._outbox = Outbox(scripts, gpu, name)
         self._running: dict[str, Running] = {}
@@ -117,6 +119,7 @@ class GpuWorker(BaseWorker):
         self.leave()
 
     def _turn(self) -> None:
+        self.heart.turned()
         news = self._exchange()
         if news is not None:
             self._obey(news)
@@ -259,6 +262,7 @@ class GpuWorker(BaseWorker):
         return {
             "state": self._condition, "running": len(self._running), "queued": self._waiting,
             "tokens": self._tokens, "tokens_per_s": round(rate, 1),
+            "still_s": round(self.heart.still_s, 1),
         }  # fmt: skip
 
     def _publish(self, condition: str) -> None:

@@ -88,6 +88,7 @@ class Bench:
         self.redis.xgroup_create(self.keys.stream("normal"), GROUP, "0", mkstream=True)
         self.workers: list[tuple[GpuWorker, threading.Thread]] = []
         self.superseded = threading.Event()
+        self.hung = threading.Event()
         self.faults: list[BaseException] = []
 
     def submit(self, job: Job, gpu: str = GPU, **fields: Any) -> str:
@@ -133,11 +134,12 @@ class Bench:
             time.sleep(0.005)
 
     def worker(self, engine: FakeEngine, name: str = f"{GPU}.aaaaaa", seats: int = 4, lease_ms: int = 10_000,
-               prepare: Callable[[Job], Prepared] = prepare, gpu: str = GPU) -> GpuWorker:  # fmt: skip
+               prepare: Callable[[Job], Prepared] = prepare, gpu: str = GPU,
+               hang_s: float = 60.0) -> GpuWorker:  # fmt: skip
         """A worker in a thread, in the yard."""
         beats = Scripts(redis_py.Redis.from_url(self.url), self.keys)
         scripts = Scripts(redis_py.Redis.from_url(self.url), self.keys)
-        worker = GpuWorker(scripts, beats, gpu, name, seats, self.superseded.set, lease_ms)
+        worker = GpuWorker(scripts, beats, gpu, name, seats, self.superseded.set, self.hung.set, lease_ms, hang_s)
         assert worker.join_yard(2 * lease_ms / 1000, {"slots": 2, "seats": seats, "window": 2 * seats}) is None
 
         def serve() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import pytest
 import redis as redis_py
@@ -55,6 +56,25 @@ def test_a_worker_that_was_given_up_writes_nothing_more(bench, engine):
     bench.worker(engine, name=NEXT)
     bench.scripts.assign("normal:base", GPU, 8)
     assert bench.final("z")["attempt"] == "2"
+
+
+def test_an_engine_that_hangs_ends_its_worker(bench, engine, caplog):
+    worker = bench.worker(engine, lease_ms=1000, hang_s=1)
+    time.sleep(1.3)
+    assert worker.heart.is_alive(), "a worker with nothing to do does not hang"
+    engine.step_s = 3.0
+    bench.submit(job("h"))
+    bench.until(lambda: float(bench.redis.hget(bench.keys.gpu(GPU), "still_s")) >= 0.5)
+    assert not bench.hung.is_set()
+    bench.until(bench.hung.is_set, 2)
+    assert f"worker {worker.name}: no step of its engine ended in 1 s" in caplog.text
+    engine.step_s = 0.0
+    assert bench.scripts.reclaim(GPU, worker.name) == 1  # as its supervisor does when the process has ended
+    bench.workers.pop()[1].join(5)
+    assert isinstance(bench.faults.pop(), Superseded)
+    bench.worker(engine, name=NEXT)
+    bench.scripts.assign("normal:base", GPU, 8)
+    assert bench.final("h")["attempt"] == "2"
 
 
 def test_a_claim_whose_answer_was_lost_comes_back(bench, engine):
