@@ -45,5 +45,5 @@ clean:  ## remove all that make and the tools made
 	touch $@
 
 .venv/dev: pyproject.toml constraints.txt | .venv/pyvenv.cfg
-	$(BIN)/pip install -q $(PIP_FLAGS) -c constraints.txt -e '.[worker,embedded,dev]'
+	$(BIN)/pip install -q $(PIP_FLAGS) -c constraints.txt -e '.[worker,embedded,corpus,dev]'
 	touch $@ .venv/runtime

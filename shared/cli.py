@@ -21,6 +21,7 @@ COMMANDS = {
     "info": ("lorayard.dispatcher.watch:info", "Show the yard: model, workers, slots, queues."),
     "top": ("lorayard.dispatcher.watch:top", "Watch the yard, refreshed every second."),
     "adapters": ("lorayard.dispatcher.watch:adapters", "List the adapters that jobs may name."),
+    "corpus": ("lorayard.dispatcher.corpus.commands:corpus", "Generate a text for every row of a file, each once."),
     "dead": ("lorayard.dispatcher.dead:dead", "Show refused entries, and send them again."),
     "dispatcher": ("lorayard.dispatcher.commands:dispatcher", "Run a dispatcher; no GPU needed."),
     "worker": ("lorayard.worker.queue.commands:worker", "Run the workers of this host, one per GPU or on the CPU."),
@@ -30,6 +31,7 @@ COMMANDS = {
 EXTRA_OF = {
     "torch": "worker", "numpy": "worker", "safetensors": "worker", "tokenizers": "worker", "jinja2": "worker",
     "cupy": "gpu", "pynvml": "gpu",
+    "pyarrow": "corpus", "fsspec": "corpus", "yaml": "corpus", "jsonschema": "corpus",
 }  # fmt: skip
 """Package that may be absent -> the extra that brings it."""
 

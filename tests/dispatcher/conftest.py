@@ -63,7 +63,10 @@ class LiveYard:
                         worker.emit(job.id, "echo ", 0)
                     if job.prompt != HOLD:
                         said = [message["content"] for message in job.messages] if job.messages else job.prompt
-                        worker.done(job.id, f"echo {said}")
+                        worker.done(
+                            job.id, f"echo {said}", seed=job.sampling.seed, adapter=str(job.lora),
+                            adapter_digest="+".join(job.digests),
+                        )  # fmt: skip
 
     def _spawn(self, key: object, target: Callable[[], None], stop: Callable[[], None]) -> None:
         thread = threading.Thread(target=target)

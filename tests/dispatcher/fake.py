@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from typing import Any
 
 import redis as redis_py
 
@@ -69,9 +70,14 @@ class FakeWorker:
         event = {"ev": "tok", "text": text, "sample": 0, "attempt": lease.attempt, "at": at}
         return self._tell(Message(lease, event))
 
-    def done(self, job_id: str, text: str = "text") -> int:
+    def done(self, job_id: str, text: str = "text", **fields: Any) -> int:
         lease = self.running.pop(job_id)
-        event = {"ev": "done", "text": text, "finish": "stop", "gpu": self.gpu, "attempt": lease.attempt}
+        event = {
+            "ev": "done", "text": text, "finish": "stop", "gpu": self.gpu, "attempt": lease.attempt, "stop_match": "",
+            "prompt_tokens": 1, "new_tokens": 2, "seed": 0, "adapter": "", "adapter_digest": "",
+            "base_digest": "0" * 64, "t_queue_ms": lease.waited_ms, "t_first_ms": lease.waited_ms,
+            "t_total_ms": lease.waited_ms,
+        } | fields  # fmt: skip
         return self._tell(Message(lease, event, "finished"))
 
     def _tell(self, message: Message) -> int:
