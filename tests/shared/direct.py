@@ -30,14 +30,16 @@ class Client:
         self.redis.xreadgroup(GROUP, "d", {stream: ">"})
         return entry
 
-    def send(
-        self, job_id: str, name: str = A, cls: str = "normal", fp: str = "fp", limit: int = 100, gpu: str = "",
-        **more: Any,
-    ) -> str:  # fmt: skip
+    def arrival(
+        self, job_id: str, name: str = A, cls: str = "normal", fp: str = "fp", gpu: str = "", **more: Any
+    ) -> Arrival:  # fmt: skip
+        """An entry that has been read and checked."""
         fields = {"keep": 60, "reply": "stream", "batch": "", "req": b"request", "v": 1, **more}
-        stream = KEYS.stream("normal")
-        arrival = Arrival(stream, self.entry(), job_id, f"{cls}:{name}", fp, gpu, fields)
-        return self.scripts.accept([arrival], limit)[0]
+        return Arrival(KEYS.stream("normal"), self.entry(), job_id, f"{cls}:{name}", fp, gpu, fields)
+
+    def send(self, job_id: str, *args: Any, limit: int = 100, **fields: Any) -> str:
+        """The outcome of accepting a job; what it takes is as for `arrival`."""
+        return self.scripts.accept([self.arrival(job_id, *args, **fields)], limit)[0]
 
     def cancel(self, job_id: str) -> str:
         return str(self.scripts.cancel(self.entry(KEYS.control, op="cancel", id=job_id), job_id))

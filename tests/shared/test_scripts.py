@@ -9,7 +9,7 @@ import pytest
 import redis as redis_py
 from redis.exceptions import OutOfMemoryError
 
-from lorayard.shared.scripts import Arrival, Superseded
+from lorayard.shared.scripts import Superseded
 
 from ..dispatcher.fake import KEYS, LEASE_MS, FakeWorker, combination, dead, events
 from .direct import NOW_MS, A, Client
@@ -70,34 +70,11 @@ def test_accept_does_not_pass_jobs_that_wait(client: Client, worker: FakeWorker)
 
 
 def test_an_entry_is_accepted_once(client: Client) -> None:
-    job = arrival(client, "j")
+    job = client.arrival("j")
     assert client.scripts.accept([job, job], 100) == ["accepted", "stale"]
     assert client.scripts.accept([job], 100) == ["stale"]
     assert client.scripts.reject(KEYS.stream("normal"), job.entry, "j", "fp", "bad_field", "no") == "stale"
     assert client.depth() == 1
-
-
-def arrival(client: Client, job_id: str, req: bytes = b"r") -> Arrival:
-    fields = {"keep": 60, "reply": "stream", "req": req, "v": 1}
-    return Arrival(KEYS.stream("normal"), client.entry(), job_id, "normal:base", "fp", "", fields)
-
-
-def test_one_call_accepts_many_in_order_and_a_broken_one_harms_no_other(client: Client) -> None:
-    jobs = [arrival(client, f"j{at}", b"r" * (100_000 if at < 15 else 10)) for at in range(70)]
-    jobs[3] = jobs[3]._replace(stream=KEYS.depth)  # a hash
-    client.redis.config_resetstat()
-    outcomes = client.scripts.accept(jobs, 68)
-    assert outcomes[3].startswith("-") and "WRONGTYPE" in outcomes[3]
-    assert outcomes[:3] + outcomes[4:] == ["accepted"] * 68 + ["busy"]
-    assert client.lane("base") == [f"j{at}" for at in range(69) if at != 3]
-    assert client.redis.hget("rq:job:j1", "req") == b"r" * 100_000
-    assert client.redis.info("commandstats")["cmdstat_evalsha"]["calls"] == 3, "a MiB, 32 entries, the rest"
-
-
-def test_a_call_goes_on_when_redis_has_forgotten_its_scripts(client: Client) -> None:
-    assert client.send("j") == "accepted"
-    client.redis.script_flush()
-    assert client.send("k") == "accepted"
 
 
 def test_a_known_id_is_ignored_or_in_conflict(client: Client) -> None:
