@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from operator import attrgetter, is_
 from typing import Any
 
 from .errors import Refused, UsageError
@@ -67,18 +68,25 @@ class SamplingParams:
     banned_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, (low, high) in SAMPLING_RANGES.items():
-            value = getattr(self, name)
+        for (name, (low, high)), value, default in zip(
+            SAMPLING_RANGES.items(), _numbers(self), _NUMBER_DEFAULTS, strict=True
+        ):
+            if value is default:
+                continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
                 raise Refused("bad_field", f"{name} must be between {low:g} and {high:g}, not {value!r}")
             if isinstance(low, int) and not isinstance(value, int):
                 raise Refused("bad_field", f"{name} must be a whole number, not {value!r}")
+        if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 1 << 64):
+            raise Refused("bad_field", f"seed must be a whole number between 0 and 2^64-1, not {self.seed!r}")
+        if not all(map(is_, _later(self), _LATER_DEFAULTS)):
+            self._check_flags()
+            self._check_tokens()
+
+    def _check_flags(self) -> None:
         for name in ("temperature_last", "mirostat"):
             if type(getattr(self, name)) is not bool:
                 raise Refused("bad_field", f"{name} must be true or false, not {getattr(self, name)!r}")
-        if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 1 << 64):
-            raise Refused("bad_field", f"seed must be a whole number between 0 and 2^64-1, not {self.seed!r}")
-        self._check_tokens()
 
     def _check_tokens(self) -> None:
         for name, ids in self.token_fields().items():
@@ -151,11 +159,19 @@ PRESETS: dict[str, dict[str, Any]] = {
 ExLlamaV2's top_p leaves out the token that crosses p; ours keeps it, as Holtzman 2019 has it.
 """
 
-FIRST_FIELDS = [field.name for field in fields(SamplingParams)][:8]
+_DEFAULTS = {field.name: field.default for field in fields(SamplingParams)}
+FIRST_FIELDS = list(_DEFAULTS)[:8]
 """The fields that a packed request always has; later ones are there only if they are set."""
+
+# Most requests set little of this, so what is the default is passed over, and read many at a time.
+_LATER_FIELDS = list(_DEFAULTS)[8:]
+_LATER_DEFAULTS = [_DEFAULTS[name] for name in _LATER_FIELDS]
+_NUMBER_DEFAULTS = [_DEFAULTS[name] for name in SAMPLING_RANGES]
+_first, _later, _numbers = attrgetter(*FIRST_FIELDS), attrgetter(*_LATER_FIELDS), attrgetter(*SAMPLING_RANGES)
 
 
 def packed(params: SamplingParams) -> dict[str, Any]:
     """The parameters as a request stores them."""
-    values = {field.name: (getattr(params, field.name), field.default) for field in fields(params)}
-    return {name: value for name, (value, default) in values.items() if name in FIRST_FIELDS or value != default}
+    values = dict(zip(FIRST_FIELDS, _first(params), strict=True))
+    later = zip(_LATER_FIELDS, _later(params), _LATER_DEFAULTS, strict=True)
+    return values | {name: value for name, value, default in later if value is not default and value != default}
