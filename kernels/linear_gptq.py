@@ -1,23 +1,20 @@
-"""y = x W + b with 4-bit GPTQ weights, W[k, n] = (q[k, n] - zero[g, n]) * scale[g, n], g = group[k]."""
+"""y = x W + b with GPTQ weights of 2, 3, 4 or 8 bits, W[k, n] = (q[k, n] - zero[g, n]) * scale[g, n], g = group[k]."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-
-def nibbles(words: Tensor) -> Tensor:
-    """The eight 4-bit numbers of each int32, lowest bits first, in a new last dimension."""
-    return words[..., None] >> torch.arange(0, 32, 4, dtype=torch.int32, device=words.device) & 15
+from .bits import unpack
 
 
 def dequantise(qweight: Tensor, zeros: Tensor, scales: Tensor, group: Tensor) -> Tensor:
-    """qweight int32 [K/8, N] packed down K, zeros int8 [G, N], scales fp16 [G, N], group int64 [K] -> fp16 [K, N].
+    """qweight int32 [K bits / 32, N] packed down K, zeros int8 or int16 [G, N], scales [G, N], group int64 [K].
 
-    The difference is exact and the product is rounded once to fp16.
+    -> [K, N].     The difference is exact and the product is rounded once to the dtype of the scales, fp16 or fp32.
     """
-    levels = nibbles(qweight).transpose(1, 2).flatten(0, 1)
-    return (levels - zeros[group]).half() * scales[group]
+    levels = unpack(qweight, 32 * len(qweight) // len(group)).to(torch.int16)
+    return (levels - zeros[group]).to(scales.dtype) * scales[group]
 
 
 def linear_gptq(

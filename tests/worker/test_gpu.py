@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from lorayard.demo import ADAPTERS, BASE
 from lorayard.worker import Lora, Model, ModelConfig
-from lorayard.worker.linear.linear import GptqLinear
+from lorayard.worker.linear.linear import PackedLinear
 
 from ..stepper import Sequence, Stepper
 from ..tiny import reference, reference_logits, relative, write_adapter, write_model
@@ -53,7 +53,7 @@ def test_logits_of_the_gptq_vectors(name: str, tmp_path: Path) -> None:
     (path / "reference.safetensors").unlink()
     shutil.copy(VECTORS / "embedding-and-head.safetensors", path)
     model, tokens = load(path), json.loads((VECTORS / "input_ids.json").read_text())["short_96"]
-    assert all(isinstance(linear, GptqLinear) for linear in model.linears.values())
+    assert all(isinstance(linear, PackedLinear) for linear in model.linears.values())
     adapter = Lora.from_directory(model, VECTORS / "lora_a")
     assert relative(model.logits(tokens)[64:], expected["logits.short"]) < 0.005
     if "logits.short_lora_a" in expected:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from lorayard.shared.errors import ModelError
 from lorayard.worker import Lora, Model, ModelConfig
-from lorayard.worker.linear.linear import read_gptq
+from lorayard.worker.linear import formats
 from lorayard.worker.linear.tensors import Tensors
 
 from ..stepper import Sequence, Stepper
@@ -50,7 +50,8 @@ def test_weights_have_the_given_digests(model: Model) -> None:
     tensors = Tensors(sorted(model.config.path.glob("*.safetensors")), ModelError)
     assert set(digests) == set(model.linears)
     for name, linear in model.linears.items():
-        weight = read_gptq(tensors, linear.shape, model.config.gptq).dequantise().T.contiguous()
+        packed = formats.format_of(tensors, linear.shape).read(tensors, linear.shape, model.config.quantisation)
+        weight = packed.dequantise().T.contiguous()
         assert hashlib.sha256(weight.numpy().tobytes()).hexdigest() == digests[name]
         assert torch.equal(linear.weight, weight.float())
 

@@ -58,6 +58,10 @@ class Tensors:
         if entry.shape != shape:
             raise self.error(f"{entry.path}: {name} has shape {list(entry.shape)}, expected {list(shape)}")
 
+    def fault(self, name: str, what: str) -> FileError:
+        """The error to raise for what a tensor holds."""
+        return self.error(f"{self.entries[name].path}: {name} {what}")
+
     def read(self, name: str) -> Tensor:
         """The tensor, in the CPU's memory."""
         path = self.entries[name].path
@@ -75,4 +79,4 @@ def _header(path: Path, error: type[FileError]) -> dict[str, Entry]:
             slices = {name: file.get_slice(name) for name in file.keys()}
             return {name: Entry(path, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
     except (OSError, SafetensorError) as reason:
-        raise error(f"{path} is not a whole safetensors file: {reason}") from None
+        raise error(f"{path} is not a whole safetensors file: {str(reason)[:200]}") from None

@@ -9,6 +9,7 @@ from typing import Any
 from lorayard.shared.errors import ModelError, NotSupported, UsageError
 
 from ..files import JsonFile
+from ..linear.quantisation import Quantisation
 
 MAX_LAYERS = 4096
 OVERRIDES = ("max_seq_len", "rope_theta", "rope_alpha")
@@ -22,15 +23,6 @@ class Llama3Scaling:
     low: float
     high: float
     original: int
-
-
-@dataclass(frozen=True, slots=True)
-class Gptq:
-    """What the tensors alone do not tell. zero_offset: added to stored zero points, 1 in format v1 and 0 in v2."""
-
-    group_size: int
-    act_order: bool
-    zero_offset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +44,7 @@ class ModelConfig:
     tied_head: bool
     attention_bias: bool
     mlp_bias: bool
-    gptq: Gptq
+    quantisation: Quantisation
     rope_alpha: float = 1.0
 
     @classmethod
@@ -84,7 +76,7 @@ class ModelConfig:
             tied_head=file.get("tie_word_embeddings", bool, False),
             attention_bias=file.get("attention_bias", bool, False),
             mlp_bias=file.get("mlp_bias", bool, False),
-            gptq=_gptq(file),
+            quantisation=Quantisation.of(file),
         )
         if config.num_heads % config.num_kv_heads or config.head_dim % 2:
             raise ModelError(
@@ -136,23 +128,3 @@ def _rope(file: JsonFile) -> _Rope:
     if not (1 <= factor < 1e6 and 0 < low < high < 1e6):
         raise ModelError(f"{file.path}: llama3 needs factor >= 1 and 0 < low_freq_factor < high_freq_factor")
     return _Rope(float(theta), Llama3Scaling(factor, low, high, original))
-
-
-def _gptq(file: JsonFile) -> Gptq:
-    """From `quantization_config`, or the quantize_config.json beside it; a model of floats has neither."""
-    section = file.get("quantization_config", dict, {})
-    beside = file.path.with_name("quantize_config.json")
-    if not section and beside.is_file():
-        file = JsonFile(beside, ModelError)
-        section = file.data
-    method = section.get("quant_method", "gptq")
-    layout = section.get("checkpoint_format", "gptq")
-    if method != "gptq" or layout not in ("gptq", "gptq_v2"):
-        raise NotSupported(
-            f"{file.path}: quantisation {str(method)[:40]!r} in format {str(layout)[:40]!r}; "
-            "this version reads GPTQ in the formats gptq and gptq_v2"
-        )
-    group_size = file.get("group_size", int, -1, section)
-    if group_size < 1 and group_size != -1:
-        raise ModelError(f"{file.path}: group_size must be positive, or -1 for one group, not {group_size}")
-    return Gptq(group_size, file.get("desc_act", bool, False, section), 1 if layout == "gptq" else 0)

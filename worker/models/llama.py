@@ -14,7 +14,7 @@ from lorayard.kernels.rope import rope
 from lorayard.kernels.silu_mul import silu_mul
 
 from ..cache.storage import PAGE
-from ..linear import linear
+from ..linear import formats
 from ..linear.linear import Linear, Shape
 from ..linear.tensors import Tensors
 from .adapters import Bank
@@ -82,7 +82,7 @@ class Layer:
     ) -> None:
         self.config, self.device = config, device
         self.linears = {
-            last: linear.read(tensors, shape, config.gptq, device, dtype)
+            last: formats.read(tensors, shape, config.quantisation, device, dtype)
             for last, shape in layer_linears(config, index).items()
         }
         self.norm1, self.norm2 = (tensors.read(name).to(device, dtype) for name in layer_norms(index))

@@ -13,7 +13,7 @@ from lorayard.kernels.rms_norm import rms_norm
 from lorayard.shared.errors import ModelError, NotSupported, UsageError
 
 from ..cache.storage import Cache
-from ..linear import linear
+from ..linear import formats
 from ..linear.linear import Linear, Shape
 from ..linear.tensors import Tensors
 from .adapters import Adapter, Bank
@@ -83,7 +83,7 @@ class Model:
         """Bytes of the embedding, each layer with its cache, and the head."""
         config = self.config
         layers = [tensors.stored_bytes(f"model.layers.{i}.") for i in range(config.num_layers)]
-        head = tensors.stored_bytes(EMBEDDING if config.tied_head else "lm_head.")
+        head = tensors.stored_bytes("lm_head." if has_head(config, tensors) else EMBEDDING)
         pools = cache.layer_bytes if cache is not None else 0
         return [tensors.stored_bytes(EMBEDDING), *(size + pools for size in layers), head]
 
@@ -102,10 +102,10 @@ class Model:
             self.linears |= {module.name: module for module in layer.linears.values()}
             progress(i + 2, len(placed))
         self.norm = tensors.read(NORM).to(placed[-1], self.dtype)
-        if config.tied_head:
-            self.head = Linear(head_shape(config), self.embedding.to(placed[-1]), None)
+        if has_head(config, tensors):
+            self.head = formats.read(tensors, head_shape(config), config.quantisation, placed[-1], self.dtype)
         else:
-            self.head = linear.read(tensors, head_shape(config), config.gptq, placed[-1], self.dtype)
+            self.head = Linear(head_shape(config), self.embedding.to(placed[-1]), None)
         self.rope = {device: frequencies(config).to(device) for device in set(placed)}
         progress(len(placed), len(placed))
 
@@ -155,6 +155,11 @@ def head_shape(config: ModelConfig) -> Shape:
     return Shape("lm_head", config.hidden_size, config.vocab_size)
 
 
+def has_head(config: ModelConfig, tensors: Tensors) -> bool:
+    """Whether the head has weights of its own: EXL2 stores a quantised one beside a tied embedding."""
+    return not config.tied_head or formats.is_packed(tensors, head_shape(config))
+
+
 def compute_dtype(tensors: Tensors, placed: list[torch.device]) -> torch.dtype:
     """float32 on the CPU; on a GPU bf16 for a checkpoint of bf16, else fp16."""
     if any(device.type == "cpu" for device in placed):
@@ -173,11 +178,11 @@ def checkpoint(config: ModelConfig) -> Tensors:
         raise ModelError(f"{config.path} holds no *.safetensors; other weight files are not read")
     tensors = Tensors(paths, ModelError)
     shapes = [s for i in range(config.num_layers) for s in layer_linears(config, i).values()]
-    if not config.tied_head:
+    if has_head(config, tensors):
         shapes.append(head_shape(config))
     tensors.require(EMBEDDING, (config.vocab_size, config.hidden_size))
     for shape in shapes:
-        linear.check(tensors, shape, config.gptq)
+        formats.check(tensors, shape, config.quantisation)
     norms = [NORM, *(name for i in range(config.num_layers) for name in layer_norms(i))]
     for name in norms:
         tensors.require(name, (config.hidden_size,))
@@ -188,7 +193,7 @@ def checkpoint(config: ModelConfig) -> Tensors:
 def _refuse_unused(tensors: Tensors, names: set[str], shapes: Sequence[Shape], tied: bool) -> None:
     known = {*names, *(["lm_head.weight"] if tied else ())}
     for shape in shapes:
-        known |= {f"{shape.name}.{part}" for part in linear.parts(tensors, shape)}
+        known |= {f"{shape.name}.{part}" for part in formats.parts(tensors, shape)}
     for name, entry in tensors.entries.items():
         if name not in known and not IGNORED.fullmatch(name):
             if name.endswith(".bias") and not tensors.read(name).any():

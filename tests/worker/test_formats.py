@@ -1,0 +1,137 @@
+"""Every weight format against NumPy's statement of it, to the bit, alone and mixed in one model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lorayard.kernels.bits import unpack
+from lorayard.shared.errors import ModelError
+from lorayard.worker import Model, ModelConfig
+from lorayard.worker.files import JsonFile
+from lorayard.worker.linear import formats
+from lorayard.worker.linear.linear import Linear, PackedLinear, Shape
+from lorayard.worker.linear.quantisation import Quantisation
+from lorayard.worker.linear.tensors import Tensors
+
+from ..packers import PACKERS, stream
+from ..tiny import write_model
+
+CPU = torch.device("cpu")
+SIZES = [(96, 64), (32, 160), (160, 128)]
+
+
+def random(shape: tuple[int, int], seed: int = 0) -> tuple[np.ndarray, np.random.Generator]:
+    rng = np.random.default_rng(seed)
+    return rng.normal(0, 0.1, shape).astype(np.float32), rng
+
+
+def written(path: Path, tensors: dict[str, Tensor], section: dict[str, Any]) -> tuple[Tensors, Quantisation]:
+    """A file of the linear `m`, and what config.json says of it."""
+    save_file({f"m.{name}": tensor.contiguous() for name, tensor in tensors.items()}, path / "m.safetensors")
+    (path / "config.json").write_text(json.dumps({"quantization_config": section}))
+    return Tensors([path / "m.safetensors"], ModelError), Quantisation.of(JsonFile(path / "config.json", ModelError))
+
+
+def loaded(tensors: Tensors, how: Quantisation, shape: Shape) -> Linear:
+    formats.check(tensors, shape, how)
+    assert {name.removeprefix("m.") for name in tensors.entries} <= formats.parts(tensors, shape)
+    return formats.read(tensors, shape, how, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_numbers_come_out_of_their_words(bits: int) -> None:
+    levels = np.random.default_rng(bits).integers(0, 2**bits, (96, 8))
+    assert np.array_equal(unpack(torch.from_numpy(stream(levels, bits)), bits).numpy(), levels)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", PACKERS)
+def test_weights_to_the_bit(name: str, size: tuple[int, int], tmp_path: Path) -> None:
+    weight, rng = random(size)
+    tensors, section, expected = PACKERS[name](weight, rng)
+    file, how = written(tmp_path, {**tensors, "bias": torch.ones(size[0])}, section)
+    shape = Shape("m", size[1], size[0], bias=True)
+    linear = loaded(file, how, shape)
+    assert np.array_equal(linear.dense().numpy(), expected)
+    x = torch.from_numpy(rng.normal(size=(3, size[1])).astype(np.float32))
+    assert torch.allclose(linear(x), x @ torch.from_numpy(expected).T + 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in PACKERS if "bit" in name or name in ("awq", "exl2")])
+def test_the_packed_linear_multiplies_by_the_same_weights(name: str, tmp_path: Path) -> None:
+    weight, rng = random((50 if "exl2" in name else 64, 128), 1)
+    tensors, section, expected = PACKERS[name](weight, rng)
+    file, how = written(tmp_path, tensors, section)
+    shape = Shape("m", 128, len(weight))
+    formats.check(file, shape, how)
+    linear = PackedLinear(shape, formats.format_of(file, shape).read(file, shape, how), None, torch.float32)
+    assert np.array_equal(linear.dense().numpy(), expected)
+    x = torch.from_numpy(rng.normal(size=(3, 128)).astype(np.float32))
+    assert torch.allclose(linear(x), x @ torch.from_numpy(expected).T, atol=1e-5)
+    assert torch.equal(
+        PackedLinear(shape, linear.packed.to(CPU), torch.ones(len(weight)), torch.float32)(x), linear(x) + 1
+    )
+
+
+@pytest.mark.parametrize("outputs", [33, 70, 1030])
+@pytest.mark.parametrize("bias", [False, True])
+def test_columns_of_padding_are_cut_off(outputs: int, bias: bool, tmp_path: Path) -> None:
+    weight, rng = random((outputs, 64))
+    tensors, section, expected = PACKERS["exl2"](weight, rng)
+    assert tensors["q_weight"].shape[1] % 32 == 0
+    extra = {"bias": torch.ones(outputs)} if bias else {}
+    linear = loaded(*written(tmp_path, tensors | extra, section), Shape("m", 64, outputs, bias))
+    assert np.array_equal(linear.dense().numpy(), expected) and linear(torch.ones(1, 64)).shape == (1, outputs)
+    assert linear.bias is None or torch.equal(linear.bias, torch.ones(outputs))
+
+
+def test_q_perm_and_narrow_permutations_are_read(tmp_path: Path) -> None:
+    weight, rng = random((32, 64))
+    tensors, section, expected = PACKERS["exl2"](weight, rng)
+    tensors["q_perm"] = tensors["q_invperm"].argsort().to(torch.int16)
+    tensors["q_invperm"] = tensors["q_invperm"].to(torch.int16)
+    assert np.array_equal(loaded(*written(tmp_path, tensors, section), Shape("m", 64, 32)).dense().numpy(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scales_of_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
+    """bf16 is exact in fp16 here, and fp32 stays what it is."""
+    weight, rng = random((64, 64))
+    tensors, section, _ = PACKERS["gptq-4bit"](weight, rng)
+    tensors["scales"] = tensors["scales"].to(dtype) * (1 + 2**-20 if dtype == torch.float32 else 1)
+    linear = loaded(*written(tmp_path, tensors, section), Shape("m", 64, 64))
+    q = tensors["qweight"][:, None] >> torch.arange(0, 32, 4)[:, None] & 15
+    zeros = (tensors["qzeros"][..., None] >> torch.arange(0, 32, 4) & 15).flatten(1) + 1
+    scales = tensors["scales"].float()
+    exact = (q.flatten(0, 1) - zeros.repeat_interleave(32, 0)) * scales.repeat_interleave(32, 0)
+    assert torch.equal(linear.dense().T, exact if dtype == torch.float32 else exact.half().float())
+
+
+def test_a_model_of_every_format(tmp_path: Path) -> None:
+    """Each linear of its own format; the config's group size and zero points hold for all that need them."""
+    path = write_model(tmp_path / "mixed", num_hidden_layers=2)
+    tensors, rng, expected = load_file(path / "model.safetensors"), np.random.default_rng(7), {}
+    names = [name.removesuffix(".weight") for name in tensors if name.endswith(("proj.weight", "lm_head.weight"))]
+    flavours = [name for name in PACKERS if "v2" not in name and "one-group" not in name]
+    for i, name in enumerate(sorted(names)):
+        packed, _, exact = PACKERS[flavours[i % len(flavours)]](tensors.pop(f"{name}.weight").numpy(), rng)
+        tensors |= {f"{name}.{part}": tensor.contiguous() for part, tensor in packed.items()}
+        expected[name] = exact
+    save_file(tensors, path / "model.safetensors")
+    config = json.loads((path / "config.json").read_text())
+    section = {"quant_method": "gptq", "group_size": 32, "checkpoint_format": "gptq"}
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": section}))
+    model = Model(ModelConfig.from_directory(path))
+    model.load(devices="cpu")
+    assert model.head is not None and set(expected) == {*model.linears, "lm_head"}
+    for name, linear in {**model.linears, "lm_head": model.head}.items():
+        assert np.array_equal(linear.dense().numpy(), expected[name]), name
+    assert model.logits([5, 6, 7]).isfinite().all()
