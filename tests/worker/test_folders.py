@@ -41,13 +41,13 @@ def test_bad_folders_are_passed_over_and_told(tmp_path: Path) -> None:
     make(tmp_path / "a" / "good")
     make(tmp_path / "b" / "good")
     make(tmp_path / "bad name")
-    make(tmp_path / "dora", use_dora=True)
+    make(tmp_path / "qalora", use_qalora=True)
     (make(tmp_path / "broken") / "adapter_config.json").write_text("{")
     (make(tmp_path / "empty") / "adapter_model.safetensors").unlink()
     found = scan([tmp_path])
     assert list(found) == ["good"] and found["good"].path == tmp_path / "a" / "good"
     assert len(found.problems) == 5
-    for word in ("bad name", "use_dora", "broken", "empty", "is in both"):
+    for word in ("bad name", "use_qalora", "broken", "empty", "is in both"):
         assert sum(word in problem for problem in found.problems) == 1
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lorayard.kernels.linear import STEP
+from lorayard.kernels.linear import STEP, linear
 from lorayard.kernels.lora import add_lora, tile_rows
-from lorayard.shared.errors import AdapterError, SlotBusy, UsageError
+from lorayard.shared.errors import AdapterError, Refused, SlotBusy, UsageError
 from lorayard.shared.job import MAX_RANK_SUM
 
-from ..models.adapters import Adapter
+from ..models.adapters import Adapter, Change
 from ..models.batch import LoraRows
+from .change import change_embedded, change_output
+from .config import INPUT, OUTPUT
 
 if TYPE_CHECKING:
     from ..models.model import Model
@@ -22,10 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class _Slot:
-    """One combination: A [R, K] and B [N, R] for each linear that it touches, R its rank class."""
+    """One combination: A [R, K] and B [N, R] for each module that it touches, R its rank class.
+
+    changes: of each module, with the column of a row's scales that holds the changing adapter's.
+    """
 
     loras: tuple[Adapter, ...] = ()
     stacked: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    changes: dict[str, list[tuple[int, Change]]] = field(default_factory=dict)
     pins: int = 0
     used: int = 0
 
@@ -52,6 +59,14 @@ class Group:
         slots = tuple(use.slot for use, (rows, _) in zip(uses, tiles, strict=True) for _ in rows)
         rows, scales = (torch.cat(parts).to(device) for parts in zip(*tiles, strict=True))
         return cls(slots, rows, scales)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a step needs on one device. changing: the rows of slots that change more than LoRA does."""
+
+    groups: tuple[Group, ...]
+    changing: tuple[LoraRows, ...]
 
 
 class LoraBank:
@@ -115,16 +130,21 @@ class LoraBank:
         spread[: int(ranks.sum())] = torch.tensor(scales, dtype=torch.float32).repeat_interleave(ranks)
         return spread
 
-    def prepare(self, loras: tuple[LoraRows, ...], device: torch.device) -> tuple[Group, ...]:
+    def prepare(self, loras: tuple[LoraRows, ...], device: torch.device) -> Prepared:
         """What `apply` needs of a step, on `device`."""
         classes: dict[int, list[LoraRows]] = {}
         for use in loras:
             classes.setdefault(use.scales.shape[1], []).append(use)
-        return tuple(Group.of(uses, device) for uses in classes.values())
+        changing = tuple(_on(use, device) for use in loras if self._slots[use.slot].changes)
+        return Prepared(tuple(Group.of(uses, device) for uses in classes.values()), changing)
 
-    def apply(self, name: str, x: Tensor, y: Tensor, groups: tuple[Group, ...]) -> Tensor:
-        """y [T, N] of the linear `name` for its input x [T, K], with each slot's delta added to its rows in place."""
-        for group in groups:
+    def apply(self, name: str, x: Tensor, y: Tensor, prepared: Prepared) -> Tensor:
+        """y [T, N] of the linear `name` for its input x [T, K], with what each slot does to its rows, in place."""
+        for use in prepared.changing:
+            for column, change in self._slots[use.slot].changes.get(name, ()):
+                scale = use.scales[:, column : column + 1]
+                y[use.rows] = change_output(change, x[use.rows], y[use.rows], scale)
+        for group in prepared.groups:
             pairs = [self._slots[slot].stacked.get(name) for slot in group.slots]
             touched = [pair for pair in pairs if pair]
             if not touched:
@@ -135,6 +155,22 @@ class LoraBank:
             a, b = (torch.stack(halves) for halves in zip(*touched, strict=True))
             add_lora(x, y, group.rows, group.scales, a, b)
         return y
+
+    def embed(self, name: str, token_ids: Tensor, h: Tensor, loras: tuple[LoraRows, ...]) -> Tensor:
+        """h [T, N] of the embedding `name` for token_ids [T], likewise."""
+        for use in loras:
+            slot = self._slots[use.slot]
+            if name not in slot.changes and name not in slot.stacked:
+                continue
+            use = _on(use, h.device)
+            ids, rows = token_ids[use.rows], h[use.rows]
+            for column, change in slot.changes.get(name, ()):
+                rows = change_embedded(change, ids, rows, use.scales[:, column : column + 1])
+            if name in slot.stacked:
+                a, b = slot.stacked[name]
+                rows = rows + linear((a[:, ids].T * use.scales).to(h.dtype), b)
+            h[use.rows] = rows
+        return h
 
     def _touch(self, slot: int) -> None:
         self._clock += 1
@@ -153,14 +189,53 @@ class LoraBank:
         self.swaps += bool(old.loras)
         self._slots[index] = _Slot()
         modules = {module for lora in loras for module in lora.tensors}
-        stacked = {module: _stack(loras, module, self.model.linears[module].device) for module in modules}
-        self._slots[index] = _Slot(loras, stacked)
+        stacked = {module: _stack(loras, module, self._device(module)) for module in modules}
+        self._slots[index] = _Slot(loras, stacked, self._changes(loras))
+
+    def _changes(self, loras: tuple[Adapter, ...]) -> dict[str, list[tuple[int, Change]]]:
+        changes: dict[str, list[tuple[int, Change]]] = {}
+        column = 0
+        for lora in loras:
+            for module, change in lora.changes.items():
+                changes.setdefault(module, []).append((column, change.to(self._device(module))))
+            column += lora.max_rank
+        return changes
+
+    def _device(self, module: str) -> torch.device:
+        if module == INPUT:
+            return self.model.embedding.device
+        head = self.model.head if module == OUTPUT else None
+        return (head or self.model.linears[module]).device
+
+
+def check_set(pairs: Sequence[tuple[Adapter, float]]) -> None:
+    """Refuse a set with an adapter whose effect is no sum, unless it is alone and at scale 1."""
+    for lora, scale in pairs:
+        if lora.alone and (len(pairs) > 1 or scale != 1):
+            raise Refused(
+                "bad_adapter", f"adapter {lora.name} uses {lora.alone}: it runs alone and at scale 1, not in a sum"
+            )
+
+
+def slot_bytes(loras: Sequence[Adapter]) -> int:
+    """Bytes that a combination takes in a slot, zeros up to its rank class and all."""
+    rank = _rank_class(tuple(loras))
+    inputs = {module: a.shape[1] * a.itemsize for lora in loras for module, (a, _) in lora.tensors.items()}
+    outputs = {module: len(b) * b.itemsize for lora in loras for module, (_, b) in lora.tensors.items()}
+    changes = (t.nbytes for lora in loras for change in lora.changes.values() for t in change.tensors())
+    return rank * (sum(inputs.values()) + sum(outputs.values())) + sum(changes)
+
+
+def _on(use: LoraRows, device: torch.device) -> LoraRows:
+    return LoraRows(use.slot, use.rows.to(device), use.scales.to(device))
 
 
 def _ordered(loras: tuple[Adapter, ...]) -> tuple[Adapter, ...]:
     names = {lora.name for lora in loras}
     if not loras or len(names) < len(loras):
         raise AdapterError("a combination is one or more adapters of different names")
+    if len(loras) > 1:
+        check_set([(lora, 1.0) for lora in loras])
     return tuple(sorted(loras, key=lambda lora: lora.name))
 
 

@@ -66,7 +66,7 @@ def weights_file(path: Path) -> Path:
 def stamp(path: Path) -> tuple[int, ...]:
     """Changes when the folder's files do: (mtime_ns, size) of each."""
     try:
-        stats = [file.stat() for file in (path / CONFIG, weights_file(path))]
+        stats = [(path / CONFIG).stat(), weights_file(path).stat()]
     except OSError as reason:
         raise AdapterError(f"{path / CONFIG} cannot be read: {reason.strerror}") from None
     return tuple(number for stat in stats for number in (stat.st_mtime_ns, stat.st_size))

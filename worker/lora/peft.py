@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,37 +14,42 @@ from torch import Tensor
 
 from lorayard.shared.errors import AdapterError, NotSupported, UsageError
 
-from ..linear.tensors import FLOATS, Tensors
+from ..models.adapters import Change
 from ..models.batch import LoraRows
 from ..models.model import Model
-from .bank import LoraBank
-from .config import AdapterConfig
-from .folders import adapter_digest, stamp, weights_file
+from .bank import LoraBank, check_set
+from .config import INPUT, OUTPUT
+from .contents import Contents
+from .folders import adapter_digest, stamp
 
-KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.[A-Za-z0-9_-]+)?\.weight")
-"""lora_A.weight as PEFT saves it, or lora_A.NAME.weight as some trainers do."""
+ROWS = 1024
+"""Rows of a weight that are dequantised to float32 at once for DoRA's norms."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lora:
-    """An adapter: for each linear A [r, in] and B [out, r] on the CPU in the model's dtype.
+    """An adapter: for each module A [r, in] and B [out, r] on the CPU in the model's dtype, and other changes.
 
     lora_scaling * alpha / r is already inside B. digest: `folders.adapter_digest`, and another for each lora_scaling
-    but 1, because pages and slots are told apart by it.
+    but 1, because pages and slots are told apart by it. alone: the feature for which it must be the only adapter of a
+    set and at scale 1, or "": what it does is not a sum that can be scaled.
     """
 
     name: str
     digest: str
-    tensors: dict[str, tuple[Tensor, Tensor]]
+    tensors: Mapping[str, tuple[Tensor, Tensor]]
+    changes: Mapping[str, Change] = field(default_factory=dict)
+    alone: str = ""
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Rank at each linear."""
+        """Rank at each module."""
         return {module: len(a) for module, (a, _) in self.tensors.items()}
 
     @property
     def max_rank(self) -> int:
-        """The largest rank at any linear."""
+        """The largest rank at any module."""
         return max(self.ranks.values())
 
     @classmethod
@@ -59,80 +64,132 @@ class Lora:
             raise UsageError("load the model before its adapters")
         if isinstance(lora_scaling, bool) or not math.isfinite(lora_scaling):
             raise UsageError(f"lora_scaling must be a finite number, not {lora_scaling!r}")
-        config, before = AdapterConfig.from_directory(path), stamp(path)
+        before = stamp(path)
+        contents = Contents.of(path, model.config)
         digest = adapter_digest(path)
         if lora_scaling != 1:
             digest = hashlib.blake2b(f"{digest}*{float(lora_scaling)!r}".encode(), digest_size=16).hexdigest()
-        file = weights_file(path)
-        halves = _safetensors(file, model, config) if file.suffix == ".safetensors" else _bin(file, model, config)
-        tensors = {}
-        for module, (a, b) in halves.items():
-            b = b.float() * (lora_scaling * config.scaling(module))
-            tensors[module] = (a.to(model.dtype), b.to(model.dtype))
-            if not all(bool(half.isfinite().all()) for half in tensors[module]):
-                raise AdapterError(f"{file}: {module} has values that are not finite in {model.dtype}")
+        tensors, changes, alone = _Reader(contents, model, lora_scaling).read()
         if stamp(path) != before:
             raise AdapterError(f"{path} changed while it was read; load it again")
-        return cls(path.name, digest, tensors)
+        for note in contents.notes:
+            log.warning("adapter %s: %s", path.name, note)
+        return cls(path.name, digest, tensors, changes, alone)
 
     def resident(self, model: Model, pairs: Sequence[tuple[Lora, float]], rows: Tensor) -> tuple[LoraBank, LoraRows]:
         """A bank that holds just the set `pairs`, this adapter among them, and its use by the tokens `rows`."""
         pairs = sorted(pairs, key=lambda pair: pair[0].name)
+        check_set(pairs)
         bank = LoraBank(model, slots=1, max_rank=sum(lora.max_rank for lora, _ in pairs))
         slot = bank.place(tuple(lora for lora, _ in pairs))
         scales = bank.rank_scales(slot, tuple(scale for _, scale in pairs))
         return bank, LoraRows(slot, rows, scales.expand(len(rows), -1))
 
 
-def _safetensors(file: Path, model: Model, config: AdapterConfig) -> dict[str, tuple[Tensor, Tensor]]:
-    tensors = Tensors([file], AdapterError)
-    names = _pairs(file, {name: entry.shape for name, entry in tensors.entries.items()}, model, config)
-    for name, entry in tensors.entries.items():
-        tensors.require(name, entry.shape, FLOATS)
-    return {module: (tensors.read(a), tensors.read(b)) for module, (a, b) in names.items()}
+class _Reader:
+    """Reads checked contents, module by module."""
 
+    def __init__(self, contents: Contents, model: Model, lora_scaling: float) -> None:
+        self.contents, self.config, self.model = contents, contents.config, model
+        self.scalings = {m: lora_scaling * each for m, each in self.config.scalings(contents.ranks).items()}
+        self.tensors: dict[str, tuple[Tensor, Tensor]] = {}
+        self.changes: dict[str, Change] = {}
 
-def _bin(file: Path, model: Model, config: AdapterConfig) -> dict[str, tuple[Tensor, Tensor]]:
-    try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as reason:
-        cause = next(iter(str(reason).splitlines()), type(reason).__name__)
-        raise AdapterError(f"{file} is not a plain file of tensors: {cause[:120]}") from None
-    if not isinstance(tensors, dict) or not all(map(_is_plain, tensors.values())):
-        raise AdapterError(f"{file} must map names to tensors of {', '.join(FLOATS)}")
-    names = _pairs(file, {str(name): tuple(tensor.shape) for name, tensor in tensors.items()}, model, config)
-    return {module: (tensors[a], tensors[b]) for module, (a, b) in names.items()}
-
-
-def _is_plain(value: object) -> bool:
-    kinds = (torch.float16, torch.bfloat16, torch.float32)
-    return isinstance(value, Tensor) and value.layout == torch.strided and value.dtype in kinds
-
-
-def _pairs(
-    file: Path, shapes: dict[str, tuple[int, ...]], model: Model, config: AdapterConfig
-) -> dict[str, tuple[str, str]]:
-    """The tensor names of A and B for each linear, every name accounted for and every shape checked."""
-    found: dict[str, dict[str, str]] = {}
-    for name in shapes:
-        match = KEY.fullmatch(name)
-        module = match[1] if match else name
-        if match is None or module.rpartition(".")[2] in ("lm_head", "embed_tokens"):
-            raise NotSupported(f"{file}: tensor {name}; this version does lora_A and lora_B of the layers' linears")
-        if module not in model.linears:
-            raise AdapterError(f"{file}: the model has no linear {module}; the adapter is for another base")
-        if found.setdefault(module, {}).setdefault(match[2], name) != name:
-            raise NotSupported(f"{file}: {module} has two adapters; this version reads one to a file")
-    if not found:
-        raise AdapterError(f"{file} holds no LoRA tensors")
-    for module, halves in found.items():
-        linear, rank = model.linears[module], config.rank(module)
-        for half, shape in (("A", (rank, linear.in_features)), ("B", (linear.out_features, rank))):
-            if half not in halves:
-                raise AdapterError(f"{file}: {module} has no lora_{half}")
-            if shapes[halves[half]] != shape:
+    def read(self) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Change], str]:
+        """A and B, the other changes, and why the adapter must be alone, or ""."""
+        for module in self.contents.modules:
+            self._module(module)
+        if self.model.config.tied_head:
+            self._tie()
+        for module in {**self.tensors, **self.changes}:
+            change = self.changes.get(module, Change())
+            if not all(bool(t.isfinite().all()) for t in (*self.tensors.get(module, ()), *change.tensors())):
                 raise AdapterError(
-                    f"{file}: {halves[half]} has shape {list(shapes[halves[half]])}, expected {list(shape)}; "
-                    "the adapter is for another base, or adapter_config.json has another rank"
+                    f"{self.contents.file}: {module} has values that are not finite in {self.model.dtype}"
                 )
-    return {module: (halves["A"], halves["B"]) for module, halves in found.items()}
+        return self.tensors, self.changes, self._alone()
+
+    def _module(self, module: str) -> None:
+        part, dtype, scaling = self.contents.read, self.model.dtype, self.scalings.get(module, 1.0)
+        weight, tokens = self._weight(module), self._tokens(module)
+        a, b, magnitude = part(module, "A"), part(module, "B"), part(module, "magnitude")
+        gain = offset = None
+        if a is not None and b is not None:
+            b = b * scaling
+            if magnitude is not None:
+                gain = magnitude / self._norms(module, weight, a, b)
+                b = b * gain[:, None]
+            self.tensors[module] = (a.to(dtype), b.to(dtype))
+        if (bias := part(module, "B.bias")) is not None:
+            offset = bias * scaling
+        if (moved := self._moved_bias(module, gain)) is not None:
+            offset = moved if offset is None else offset + moved
+        change = Change(weight, tokens, gain, offset)
+        if change.tensors():
+            self.changes[module] = change
+
+    def _weight(self, module: str) -> Tensor | None:
+        """A weight in the place of the base's; None if it is the same, as PEFT saves it beside a LoRA on it."""
+        weight = self.contents.read(module, "weight")
+        if weight is None:
+            return None
+        weight = weight.to(self.model.dtype)
+        if module not in self.config.saved:
+            if torch.equal(weight, self._base(module).to("cpu", weight.dtype)):
+                return None
+            if self.model.config.tied_head:
+                raise NotSupported(
+                    f"{self.contents.file} has another weight for {module}, which is both embedding and head of the "
+                    "base; this version takes one from modules_to_save only"
+                )
+        return weight
+
+    def _tokens(self, module: str) -> tuple[Tensor, Tensor] | None:
+        rows = self.contents.read(module, "tokens")
+        return None if rows is None else (torch.tensor(self.config.tokens[module]), rows.to(self.model.dtype))
+
+    def _moved_bias(self, module: str, gain: Tensor | None) -> Tensor | None:
+        """What gain * (W x + b) lacks for W x to be scaled alone and a trained bias, if there is one, in b's place."""
+        linear, trained = self.model.linears.get(module), self.contents.read(module, "bias")
+        if linear is None or linear.bias is None or (trained is None and gain is None):
+            return None
+        own = linear.bias.float().cpu()
+        return (own if trained is None else trained) - (own if gain is None else gain * own)
+
+    def _base(self, module: str) -> Tensor:
+        """The base's weight as the checkpoint has it: [out, in] of a linear, [vocab, hidden] of the embedding."""
+        if module == INPUT:
+            return self.model.embedding
+        linear = self.model.head if module == OUTPUT else self.model.linears[module]
+        assert linear is not None
+        return linear.dense()
+
+    def _norms(self, module: str, weight: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        """float32 [out]: the L2 norms of the rows of W + B A, DoRA's (Liu 2024), over the dequantised base."""
+        base = self._base(module) if weight is None else weight
+        base = base.T if module == INPUT else base
+        a, b = a.to(base.device), b.to(base.device)
+        parts = [
+            (base[start : start + ROWS].float() + b[start : start + ROWS] @ a).norm(dim=1)
+            for start in range(0, len(base), ROWS)
+        ]
+        return torch.cat(parts).cpu()
+
+    def _tie(self) -> None:
+        """Replaced rows of an embedding are replaced in the head, too, where the two are one."""
+        tokens = self.changes.get(INPUT, Change()).tokens
+        if tokens is None or OUTPUT in self.changes:
+            return
+        if OUTPUT in self.tensors:
+            raise NotSupported(f"{self.config.path}: trainable_token_indices and LoRA on a head that is the embedding")
+        self.changes[OUTPUT] = Change(tokens=tokens)
+
+    def _alone(self) -> str:
+        changes = self.changes.values()
+        reasons = {
+            "use_dora": any(change.gain is not None for change in changes),
+            "modules_to_save": any(change.weight is not None for change in changes),
+            "trainable_token_indices": any(change.tokens is not None for change in changes),
+            f"bias {self.config.bias}": any("bias" in parts for parts in self.contents.modules.values()),
+        }
+        return next((name for name, there in reasons.items() if there), "")

@@ -1,8 +1,9 @@
-"""What a model needs to know of LoRA: that there may be something to add to a linear's output."""
+"""What a model needs to know of LoRA: that there may be something to add to the output of a module."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +19,34 @@ class Bank(Protocol):
         """What `apply` needs of a step, on `device`."""
 
     def apply(self, name: str, x: Tensor, y: Tensor, prepared: Any) -> Tensor:
-        """y [T, N] of the linear `name` for its input x [T, K], with the delta of every slot in use added."""
+        """y [T, N] of the linear `name` for its input x [T, K], with what every slot in use does to its rows."""
+
+    def embed(self, name: str, token_ids: Tensor, h: Tensor, loras: tuple[LoraRows, ...]) -> Tensor:
+        """h [T, N] of the embedding `name` for token_ids [T], likewise; before any scale that the model puts on h."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Change:
+    """What an adapter does to a module besides adding B A x: y becomes gain * y + offset.
+
+    weight: in the place of the module's own, of the same shape. tokens: ids int64 [n] and their rows [n, K] of that
+    weight (embedding and head). gain [N]: DoRA's. offset [N]: of biases. Each may be absent.
+    """
+
+    weight: Tensor | None = None
+    tokens: tuple[Tensor, Tensor] | None = None
+    gain: Tensor | None = None
+    offset: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """All that are there."""
+        return [each for each in (self.weight, *(self.tokens or ()), self.gain, self.offset) if each is not None]
+
+    def to(self, device: torch.device) -> Change:
+        """The same on `device`."""
+        weight, gain, offset = (None if t is None else t.to(device) for t in (self.weight, self.gain, self.offset))
+        tokens = None if self.tokens is None else (self.tokens[0].to(device), self.tokens[1].to(device))
+        return Change(weight, tokens, gain, offset)
 
 
 class Adapter(Protocol):
@@ -29,7 +57,11 @@ class Adapter(Protocol):
     @property
     def digest(self) -> str: ...
     @property
-    def tensors(self) -> dict[str, tuple[Tensor, Tensor]]: ...
+    def tensors(self) -> Mapping[str, tuple[Tensor, Tensor]]: ...
+    @property
+    def changes(self) -> Mapping[str, Change]: ...
+    @property
+    def alone(self) -> str: ...
     @property
     def max_rank(self) -> int: ...
 

@@ -36,3 +36,15 @@ class Batch:
     page_table: torch.Tensor
     logit_rows: torch.Tensor
     loras: tuple[LoraRows, ...] = ()
+
+    def logit_loras(self) -> tuple[LoraRows, ...]:
+        """`loras` among the tokens of logit_rows: rows are numbered as the logits are."""
+        uses = []
+        for use in self.loras:
+            place = torch.full((len(self.token_ids),), -1)
+            place[use.rows] = torch.arange(len(use.rows))
+            found = place[self.logit_rows]
+            rows = (found >= 0).nonzero().flatten()
+            if len(rows):
+                uses.append(LoraRows(use.slot, rows, use.scales[found[rows]]))
+        return tuple(uses)

@@ -1,0 +1,209 @@
+"""adapter_model.bin: torch's zip of a pickle and raw numbers, read without ever unpickling.
+
+A pickle is a program for a small stack machine. This one runs the few instructions that a dict of tensors needs and
+only ever makes dicts, tuples, numbers, texts and `Place`s.
+"""
+
+from __future__ import annotations
+
+import math
+import pickletools
+import struct
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorayard.shared.errors import AdapterError
+
+from ..linear.tensors import Entry
+
+DTYPES = {"HalfStorage": "F16", "BFloat16Storage": "BF16", "FloatStorage": "F32", "DoubleStorage": "F64",
+          "LongStorage": "I64", "IntStorage": "I32", "CharStorage": "I8"}  # fmt: skip
+TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+MAX_PICKLE = 64 << 20
+MARK: Any = object()
+PUSH = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINFLOAT"}
+CONSTANTS: dict[str, Callable[[], Any]] = {
+    "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "NONE": lambda: None, "EMPTY_TUPLE": tuple, "EMPTY_DICT": dict,
+    "EMPTY_LIST": list, "MARK": lambda: MARK,
+}  # fmt: skip
+
+
+class _Name(str):
+    """A class or function that the pickle names, as `module name`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    """Numbers of one file of the archive."""
+
+    dtype: str
+    key: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where in a storage a tensor's numbers are."""
+
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class BinFile:
+    """The tensors of an adapter_model.bin by name. Raises AdapterError for all that is not a dict of plain tensors."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with zipfile.ZipFile(path) as archive:
+                places = self._places(archive)
+        except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, struct.error, RuntimeError) as reason:
+            raise self._error(str(reason)[:120]) from None
+        self._found = places
+        self.entries = {name: Entry(path, place.storage.dtype, place.shape) for name, place in places.items()}
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, in the CPU's memory."""
+        place = self._found[name]
+        storage, dtype = place.storage, TORCH[place.storage.dtype]
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                data = archive.read(_stored(archive, f"data/{storage.key}", storage.size * dtype.itemsize))
+        except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, struct.error, RuntimeError) as reason:
+            raise self._error(f"{name}: {str(reason)[:120]}") from None
+        numbers = torch.frombuffer(bytearray(data), dtype=dtype)
+        return torch.as_strided(numbers, place.shape, place.strides, place.offset).contiguous()
+
+    def _places(self, archive: zipfile.ZipFile) -> dict[str, Place]:
+        for info in archive.infolist():
+            if info.filename.endswith("/byteorder") and archive.read(_stored(archive, "byteorder", 6)) != b"little":
+                raise ValueError("its numbers are not little-endian")
+        found = _run(archive.read(_stored(archive, "data.pkl")))
+        if not isinstance(found, dict) or not all(type(name) is str for name in found):
+            raise ValueError("it holds no dict of tensors")
+        for name, place in found.items():
+            if not isinstance(place, Place) or not _inside(place):
+                raise ValueError(f"{name[:80]} is no plain tensor")
+        return found
+
+    def _error(self, what: str) -> AdapterError:
+        return AdapterError(
+            f"{self.path} is not a plain file of tensors: {what}; in a Python that has peft, "
+            "PeftModel.from_pretrained(BASE, ADAPTER).save_pretrained(NEW) writes it as safetensors"
+        )
+
+
+def _stored(archive: zipfile.ZipFile, last: str, size: int | None = None) -> zipfile.ZipInfo:
+    """The archive's only file of that name (below its one folder), which must be uncompressed and of `size` bytes."""
+    found = [info for info in archive.infolist() if info.filename.partition("/")[2] == last]
+    if len(found) != 1:
+        raise ValueError(f"it has {len(found)} files {last}")
+    info = found[0]
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+        raise ValueError(f"{last} is compressed")
+    if info.file_size != (min(info.file_size, MAX_PICKLE) if size is None else size):
+        raise ValueError(f"{last} has {info.file_size} bytes, expected {MAX_PICKLE if size is None else size}")
+    return info
+
+
+def _inside(place: Place) -> bool:
+    """Whether every number of the tensor is in its storage."""
+    numbers = (place.offset, *place.shape, *place.strides)
+    if any(type(number) is not int or number < 0 for number in numbers) or len(place.shape) != len(place.strides):
+        return False
+    last = sum((size - 1) * stride for size, stride in zip(place.shape, place.strides, strict=True))
+    return math.prod(place.shape) > 0 and place.offset + last < place.storage.size
+
+
+def _run(program: bytes) -> Any:
+    """What a pickle makes. Raises ValueError for an instruction or a name that tensors do not need."""
+    stack: list[Any] = []
+    memo: dict[Any, Any] = {}
+    try:
+        for opcode, argument, _ in pickletools.genops(program):
+            name = opcode.name
+            if name == "STOP":
+                return stack.pop()
+            if name in PUSH:
+                stack.append(argument)
+            elif name in CONSTANTS:
+                stack.append(CONSTANTS[name]())
+            elif name in ("BINPUT", "LONG_BINPUT"):
+                memo[argument] = stack[-1]
+            elif name in ("BINGET", "LONG_BINGET"):
+                stack.append(memo[argument])
+            elif name == "GLOBAL":
+                stack.append(_Name(argument))
+            elif name != "PROTO":
+                _combine(name, stack)
+    except (IndexError, KeyError, TypeError, AttributeError):
+        raise ValueError("its pickle is malformed") from None
+    raise ValueError("its pickle has no end")
+
+
+def _combine(name: str, stack: list[Any]) -> None:
+    """Run an instruction that takes values from the stack and puts one back."""
+    match name:
+        case "TUPLE":
+            stack.append(tuple(_to_mark(stack)))
+        case "TUPLE1" | "TUPLE2" | "TUPLE3":
+            count = int(name[-1])
+            stack[-count:] = [tuple(stack[-count:])]
+        case "SETITEM":
+            value, key = stack.pop(), stack.pop()
+            _fill(stack[-1], [key, value])
+        case "SETITEMS":
+            items = _to_mark(stack)
+            _fill(stack[-1], items)
+        case "BINPERSID":
+            stack.append(_storage(stack.pop()))
+        case "REDUCE":
+            arguments, function = stack.pop(), stack.pop()
+            stack.append(_call(function, arguments))
+        case "BUILD":  # a state_dict's _metadata
+            stack.pop()
+        case _:
+            raise ValueError(f"its pickle has the instruction {name}")
+
+
+def _to_mark(stack: list[Any]) -> list[Any]:
+    at = next(i for i in range(len(stack) - 1, -1, -1) if stack[i] is MARK)
+    items = stack[at + 1 :]
+    del stack[at:]
+    return items
+
+
+def _fill(target: Any, items: list[Any]) -> None:
+    if not isinstance(target, dict):
+        raise TypeError(target)
+    target.update(zip(items[::2], items[1::2], strict=True))
+
+
+def _storage(name: Any) -> _Storage:
+    kind, storage, key, _, size = name
+    dtype = DTYPES.get(str(storage).removeprefix("torch "))
+    if kind != "storage" or not isinstance(storage, _Name) or type(key) is not str or type(size) is not int:
+        raise TypeError(name)
+    if dtype is None:
+        raise ValueError(f"it has numbers of {str(storage)[:60]}")
+    return _Storage(dtype, key, size)
+
+
+def _call(function: Any, arguments: Any) -> Any:
+    match function:
+        case "torch._utils _rebuild_tensor_v2" if isinstance(arguments[0], _Storage):
+            storage, offset, shape, strides = arguments[:4]
+            return Place(storage, offset, tuple(shape), tuple(strides))
+        case "torch._utils _rebuild_parameter" if isinstance(arguments[0], Place):
+            return arguments[0]
+        case "collections OrderedDict" if arguments == ():
+            return {}
+    raise ValueError(f"its pickle calls {str(function)[:60]!r}")
