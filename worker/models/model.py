@@ -23,7 +23,9 @@ from .llama import Layer, Step, layer_linears, layer_norms
 from .placement import Devices, budgets, place
 from .rope import frequencies
 
-EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"
+EMBED, HEAD = "model.embed_tokens", "lm_head"
+"""Modules beside the layers' linears, by the names that PEFT gives them."""
+EMBEDDING, NORM = f"{EMBED}.weight", "model.norm.weight"
 IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|(?!model\.|lm_head\.).*")
 """Tensors that are beside the point: old checkpoints' RoPE tables, and what another file format's names hold."""
 SMALL_LINEAR = 1 << 20
@@ -118,11 +120,24 @@ class Model:
         if self.head is None:
             raise UsageError("the model is not loaded")
         steps = self._steps(batch, bank)
-        h = functional.embedding(batch.token_ids.to(self.embedding.device), self.embedding)
+        h = self._embed(batch, bank)
         for i, layer in enumerate(self.layers):
             h = layer.forward(h.to(layer.device), steps[layer.device], *cache[i])
         h = h[batch.logit_rows.to(h.device)].to(self.norm.device)
-        return self.head(rms_norm(h, self.norm, self.config.norm_eps)).float()
+        return self._project(rms_norm(h, self.norm, self.config.norm_eps), batch, bank).float()
+
+    def _embed(self, batch: Batch, bank: Bank | None) -> Tensor:
+        """The embedding's rows of the tokens, [T, hidden], with what the slots do to them."""
+        token_ids = batch.token_ids.to(self.embedding.device)
+        h = functional.embedding(token_ids, self.embedding)
+        return bank.embed(EMBED, token_ids, h, batch.loras) if bank and batch.loras else h
+
+    def _project(self, h: Tensor, batch: Batch, bank: Bank | None) -> Tensor:
+        """The head's output, [L, vocab], with what the slots do to it."""
+        assert self.head is not None
+        y = self.head(h)
+        uses = batch.logit_loras() if bank else ()
+        return bank.apply(HEAD, h, y, bank.prepare(uses, h.device)) if bank and uses else y
 
     def _steps(self, batch: Batch, bank: Bank | None) -> dict[torch.device, Step]:
         return {device: Step.of(batch, device, self.rope[device], bank) for device in set(self.layer_devices)}
@@ -152,12 +167,17 @@ class Model:
 
 def head_shape(config: ModelConfig) -> Shape:
     """The linear that gives logits."""
-    return Shape("lm_head", config.hidden_size, config.vocab_size)
+    return Shape(HEAD, config.hidden_size, config.vocab_size)
 
 
 def has_head(config: ModelConfig, tensors: Tensors) -> bool:
     """Whether the head has weights of its own: EXL2 stores a quantised one beside a tied embedding."""
     return not config.tied_head or formats.is_packed(tensors, head_shape(config))
+
+
+def linear_shapes(config: ModelConfig) -> list[Shape]:
+    """Every linear: those of the layers, then the head."""
+    return [*(s for i in range(config.num_layers) for s in layer_linears(config, i).values()), head_shape(config)]
 
 
 def compute_dtype(tensors: Tensors, placed: list[torch.device]) -> torch.dtype:
@@ -177,9 +197,9 @@ def checkpoint(config: ModelConfig) -> Tensors:
     if not paths:
         raise ModelError(f"{config.path} holds no *.safetensors; other weight files are not read")
     tensors = Tensors(paths, ModelError)
-    shapes = [s for i in range(config.num_layers) for s in layer_linears(config, i).values()]
-    if has_head(config, tensors):
-        shapes.append(head_shape(config))
+    shapes = linear_shapes(config)
+    if not has_head(config, tensors):
+        shapes.remove(head_shape(config))
     tensors.require(EMBEDDING, (config.vocab_size, config.hidden_size))
     for shape in shapes:
         formats.check(tensors, shape, config.quantisation)
