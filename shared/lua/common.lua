@@ -80,6 +80,14 @@ end
 -- Writes where a client reads. A client that has put something else under that name gets no answer; nobody else suffers.
 local tell = redis.pcall
 
+local expiring = {}
+
+-- As EXPIRE, once where many answers go to one stream.
+local function expire(key, ttl)
+  if expiring[key] ~= ttl then call('EXPIRE', key, ttl) end
+  expiring[key] = ttl
+end
+
 -- Writes the one final event where the client asked for it, and turns the job into a tombstone that lives for ttl.
 local function answer(id, status, event)
   local key = job_key(id)
@@ -92,7 +100,7 @@ local function answer(id, status, event)
     call('EXPIRE', P .. 'reply:' .. id, ttl)
   elseif f[1] == 'batch' then
     tell('XADD', P .. 'res:' .. f[2], '*', 'id', id, unpack(event))
-    call('EXPIRE', P .. 'res:' .. f[2], ttl)
+    expire(P .. 'res:' .. f[2], ttl)
   elseif f[1] == 'stream' then
     tell('XADD', P .. 'out:' .. id, '*', unpack(event))
     call('EXPIRE', P .. 'out:' .. id, ttl)
@@ -116,10 +124,10 @@ local function finish_error(id, lane, code, message)
   finish(id, lane, 'failed', {'ev', 'error', 'code', code, 'error', message})
 end
 
--- One job fewer, queued or running, on a GPU.
-local function unload(gpu, lane)
+-- One job of a lane fewer, queued or running, on a GPU; or so many.
+local function unload(gpu, lane, jobs)
   local combination = combination_of(lane)
-  if call('HINCRBY', load_key(gpu), combination, -1) <= 0 then call('HDEL', load_key(gpu), combination) end
+  if call('HINCRBY', load_key(gpu), combination, -(jobs or 1)) <= 0 then call('HDEL', load_key(gpu), combination) end
 end
 
 -- Index of the slot that holds a combination, its state; nil if none does.
