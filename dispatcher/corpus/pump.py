@@ -130,7 +130,7 @@ class Pump:
 
     def _feed(self) -> None:
         """Send texts until the window is full."""
-        room = self.folder.corpus.run.window - len(self.out) - len(self._ended)
+        room = self.folder.corpus.run.window - len(self.out) - len(self._again)
         now, sent = time.monotonic(), []
         while self._again and self._again[0][0] <= now:
             sent.append(self._again.pop(0)[1])

@@ -1,4 +1,4 @@
-"""The short form of `tests/soak/chaos.py`, and its node client by itself."""
+"""The short forms of `tests/soak/chaos.py` and `tests/soak/corpus.py`, and its node client by itself."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 
 from ..conftest import missing
 from ..soak.chaos import chaos
+from ..soak.corpus import disturbed
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -29,6 +30,12 @@ def test_twelve_kills_lose_nothing_and_double_nothing(tmp_path):
     figures = chaos(tmp_path, jobs=500, kills=12, seed=1, seconds=150)
     assert figures["finals"] == 500
     assert (figures["worker"], figures["dispatcher"], figures["redis"], figures["supervisor"]) == (5, 4, 2, 1)
+
+
+@pytest.mark.slow
+def test_eight_kills_and_a_corpus_has_each_row_once_and_the_same_bytes(tmp_path):
+    figures = disturbed(tmp_path, count=1000, kills=8, seed=1, seconds=120)
+    assert (figures["client"], figures["worker"], figures["dispatcher"], figures["redis"]) == (2, 3, 1, 1)
 
 
 def test_the_readme_asks_from_node(start, node):
