@@ -92,7 +92,9 @@ def exl2(weight: np.ndarray, rng: np.random.Generator, rates: tuple[int, ...] = 
     while cuts[-1] < inputs:
         cuts.append(min(cuts[-1] + int(rng.choice([32, 64])), inputs))
     bits = sorted((int(rng.choice(rates)) for _ in cuts[1:]), reverse=True)
-    words, codes, scale_max, groups, exact = [], [], [], [], []
+    groups: list[int] = []
+    words: list[np.ndarray] = []
+    codes, scale_max, exact = [], [], []
     for start, end, b in zip(cuts, cuts[1:], bits, strict=False):
         groups += [b, sum(map(len, words))]
         highest = np.abs(stored[start:end]).max(0) / 2 ** (b - 1)
