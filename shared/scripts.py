@@ -206,7 +206,7 @@ def _flat(fields: Mapping[str, Value]) -> list[Value]:
 
 def _texts(fields: Mapping[str, Value]) -> list[str | bytes]:
     """To be packed into one argument: client and server read it far faster than many arguments."""
-    return [part if isinstance(part, str | bytes) else str(part) for part in _flat(fields)]
+    return [part if isinstance(part, (str, bytes)) else str(part) for pair in fields.items() for part in pair]
 
 
 def _text(answer: Any) -> Any:
