@@ -98,6 +98,21 @@ def test_a_cache_is_allocated_as_layers_land_or_after(base: Path) -> None:
     assert model.layer_devices == () and not model.linears
 
 
+def test_the_beginning_of_a_page_is_copied_in_every_layer(base: Path) -> None:
+    model = Model(ModelConfig.from_directory(base))
+    model.load(devices="cpu")
+    cache = Cache(model, 512, "fp32")
+    for i in (0, 1):
+        for pool in cache[i]:
+            pool[0], pool[1] = torch.randn(2, *pool.shape[1:])
+    before = [[pool.clone() for pool in cache[i]] for i in (0, 1)]
+    cache.copy_prefix(1, 0, 77)
+    for i in (0, 1):
+        for pool, old in zip(cache[i], before[i], strict=True):
+            assert torch.equal(pool[0, :, :77], old[1, :, :77]) and torch.equal(pool[0, :, 77:], old[0, :, 77:])
+            assert torch.equal(pool[1], old[1])
+
+
 def test_a_device_is_filled_before_the_next_is_begun() -> None:
     a, b = torch.device("cuda:0"), torch.device("cuda:1")
     assert place([3, 3, 3, 1], [(a, 7), (b, None)]) == [a, a, b, b]

@@ -72,6 +72,12 @@ class Cache:
             raise UsageError("the cache has no memory yet: give it to model.load, or make it after")
         return pools
 
+    def copy_prefix(self, source: int, target: int, tokens: int) -> None:
+        """Copy K and V of the first `tokens` tokens of page `source` to page `target`, in every layer."""
+        for layer in range(len(self.layers)):
+            for pool in self[layer]:
+                pool[target, :, :tokens] = pool[source, :, :tokens]
+
     def free(self) -> None:
         """Give the memory back."""
         self.layers = [None] * len(self.layers)
