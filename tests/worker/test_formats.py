@@ -115,6 +115,51 @@ def test_scales_of_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
     assert torch.equal(linear.dense().T, exact if dtype == torch.float32 else exact.half().float())
 
 
+def test_settings_of_single_modules(tmp_path: Path) -> None:
+    """GPTQModel's `dynamic`: the first pattern that a name begins with counts, else what all modules have."""
+    section = {"quant_method": "gptq", "bits": 4, "group_size": 32, "dynamic": {
+        r"-:model\.layers\.1\..*": {}, r"+:.*\.(?:up|down)_proj$": {"bits": 8, "group_size": -1},
+        r"model\.layers\.[2-3]": {"desc_act": True},
+    }}  # fmt: skip
+    _, how = written(tmp_path, {"weight": torch.zeros(1)}, section)
+    found = {name: how.at(f"model.layers.{name}") for name in ("0.q", "0.mlp.up_proj", "1.mlp.up_proj", "2.q", "12.q")}
+    assert found.pop("1.mlp.up_proj") is None
+    assert {name: (f.bits, f.group_size, f.act_order) for name, f in found.items() if f} == {
+        "0.q": (4, 32, False), "0.mlp.up_proj": (8, -1, False), "2.q": (4, 32, True), "12.q": (4, 32, False),
+    }  # fmt: skip
+
+
+def test_a_module_of_other_bits_among_its_like(tmp_path: Path) -> None:
+    weight, rng = random((64, 64))
+    tensors, section, expected = PACKERS["gptq-8bit"](weight, rng)
+    one = {"bits": 4, "group_size": 128, "dynamic": {"+:m": {"bits": 8, "group_size": 32}}}
+    linear = loaded(*written(tmp_path, tensors, section | one), Shape("m", 64, 64))
+    assert np.array_equal(linear.dense().numpy(), expected)
+    with pytest.raises(ModelError, match=r"m\.qweight has numbers of 8 bits, where config.json says 4"):
+        loaded(*written(tmp_path, tensors, section | one | {"dynamic": {}}), Shape("m", 64, 64))
+    with pytest.raises(ModelError, match="m is packed, where config.json says that it is not"):
+        loaded(*written(tmp_path, tensors, section | {"dynamic": {"-:.*": {}}}), Shape("m", 64, 64))
+
+
+LEGACY: list[tuple[str, str, dict[str, Any]]] = [
+    ("gptq-4bit", "quantize_config.json", {"bits": 4, "group_size": 32, "desc_act": False, "damp_percent": 0.01}),
+    ("awq", "quant_config.json", {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}),
+    ("awq", "quantize_config.json", {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}),
+    ("gptq-v2", "quantize_config.json", {"bits": 4, "group_size": 32, "checkpoint_format": "gptq_v2"}),
+    ("gptq-one-group", "quantize_config.json", {"bits": 4, "group_size": -1}),
+]
+
+
+@pytest.mark.parametrize(("name", "beside", "section"), LEGACY)
+def test_settings_beside_the_config(name: str, beside: str, section: dict[str, Any], tmp_path: Path) -> None:
+    weight, rng = random((64, 64))
+    tensors, _, expected = PACKERS[name](weight, rng)
+    (tmp_path / beside).write_text(json.dumps(section))
+    file, how = written(tmp_path, tensors, {})
+    assert how.path.name == beside and how.group_size in (32, -1)
+    assert np.array_equal(loaded(file, how, Shape("m", 64, 64)).dense().numpy(), expected)
+
+
 def test_a_model_of_every_format(tmp_path: Path) -> None:
     """Each linear of its own format; the config's group size and zero points hold for all that need them."""
     path = write_model(tmp_path / "mixed", num_hidden_layers=2)

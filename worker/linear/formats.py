@@ -41,7 +41,10 @@ def check(tensors: Tensors, shape: Shape, how: Quantisation) -> None:
     name = shape.name
     if shape.bias:
         tensors.require(f"{name}.bias", (shape.out_features,))
-    format_of(tensors, shape).check(tensors, shape, how)
+    here = how.at(name)
+    if here is None and is_packed(tensors, shape):
+        raise tensors.error(f"{tensors.folder}: {name} is packed, where {how.path.name} says that it is not")
+    format_of(tensors, shape).check(tensors, shape, here or how)
 
 
 def parts(tensors: Tensors, shape: Shape) -> set[str]:
@@ -58,7 +61,7 @@ def read(tensors: Tensors, shape: Shape, how: Quantisation, device: torch.device
     """A linear that passed `check`, on `device`. The CPU dequantises here, once, and keeps W [N, K] turned in memory,
     which is faster."""
     bias = tensors.read(f"{shape.name}.bias").to(device, dtype) if shape.bias else None
-    weight = format_of(tensors, shape).read(tensors, shape, how)
+    weight = format_of(tensors, shape).read(tensors, shape, how.at(shape.name) or how)
     if not isinstance(weight, Tensor):
         if device.type != "cpu":
             return PackedLinear(shape, weight.to(device), bias, dtype)

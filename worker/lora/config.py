@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from lorayard.shared.errors import AdapterError, NotSupported
 
 from ..files import JsonFile
-from .pattern import MAX_STEPS, Pattern
+from ..pattern import MAX_STEPS, Pattern
 
 Number = TypeVar("Number", int, float)
 READ = {

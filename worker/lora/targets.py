@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from lorayard.shared.errors import AdapterError
 
+from ..pattern import Pattern
 from .config import INPUT, OUTPUT, AdapterConfig
-from .pattern import Pattern
 
 ALL_LINEAR = "all-linear"
 
