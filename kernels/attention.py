@@ -11,39 +11,58 @@ TILE = 4
 """Queries of one sequence that attend together."""
 LIMIT = 65504.0
 """The largest number of fp16."""
+LOWEST = -1e38
+"""Below every score, and finite: a query may see nothing of its tile's first block."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """A step's queries in tiles of TILE tokens of one sequence, those with the longest past first.
+    """A step's queries in tiles of TILE tokens of one sequence, those with the most blocks of keys first.
 
     rows int64 [n, TILE]: tokens; a short tile repeats its first. positions int64 [n, TILE]. pages int64 [n, P].
     place int64 [T]: a token's index in the flat tiles. Keys are read in blocks of `block` tokens, a part of a page;
-    active: for each block of the past, how many tiles see it.
+    first int64 [n]: the first block that a tile sees. active: how many tiles see an i-th block from there on.
+    window: keys that a query sees, itself included; 0 for all.
     """
 
     rows: Tensor
     positions: Tensor
     pages: Tensor
     place: Tensor
+    first: Tensor
+    window: int
     block: int
     active: tuple[int, ...]
 
     def hidden(self, i: int) -> Tensor:
-        """float32 [n, TILE, block] of the tiles that see block i: 0 for keys that a query sees, -inf for later ones."""
-        keys = torch.arange(i * self.block, (i + 1) * self.block, device=self.positions.device)
-        return torch.where(keys > self.positions[: self.active[i], :, None], -torch.inf, 0.0)
+        """bool [n, TILE, block] of the tiles that see an i-th block: the keys that a query does not see."""
+        n = self.active[i]
+        within = torch.arange(self.block, device=self.positions.device)
+        keys = ((self.first[:n, None] + i) * self.block + within)[:, None]
+        positions = self.positions[:n, :, None]
+        later = keys > positions
+        return later | (keys <= positions - self.window) if self.window else later
 
     def read(self, pool: Tensor, i: int) -> Tensor:
-        """float32 [n * kv_heads, block, D]: block i of the tiles that see it, from [pages, kv_heads, page, D]."""
+        """float32 [n * kv_heads, block, D]: i-th blocks of the tiles that have one, of pool [pages, kv_heads, page, D]."""
         _, heads, page, dim = pool.shape
         n, parts = self.active[i], page // self.block
-        heads_of_page = self.pages[:n, i // parts, None] * heads + torch.arange(heads, device=pool.device)
-        return pool.view(-1, self.block, dim).index_select(0, (heads_of_page * parts + i % parts).flatten()).float()
+        block = self.first[:n, None] + i
+        heads_of_page = self.pages[:n].gather(1, block // parts) * heads + torch.arange(heads, device=pool.device)
+        index = (heads_of_page * parts + block % parts).flatten()
+        return pool.view(-1, self.block, dim).index_select(0, index).float()
 
 
-def tile(sequence: Tensor, positions: Tensor, page_table: Tensor, page: int, block: int, device: torch.device) -> Tiles:
-    """Cut the tokens of a step into tiles on `device`, with keys in blocks of `block` tokens.
+def tile(
+    sequence: Tensor,
+    positions: Tensor,
+    page_table: Tensor,
+    page: int,
+    block: int,
+    device: torch.device,
+    window: int = 0,
+) -> Tiles:
+    """Cut the tokens of a step into tiles on `device`, with keys in blocks of `block` tokens; see Tiles.
 
     On the CPU: sequence, positions int64 [T], a sequence's tokens contiguous; page_table int64 [S, P], pages of `page`
     tokens.
@@ -56,13 +75,16 @@ def tile(sequence: Tensor, positions: Tensor, page_table: Tensor, page: int, blo
     rows = index[leads].repeat_interleave(TILE)
     rows[of_token * TILE + within % TILE] = index
     rows = rows.view(-1, TILE)
-    order = positions[rows].amax(1).argsort(descending=True, stable=True)
-    rows = rows[order]
-    depth = positions[rows].amax(1) // block + 1
-    active = torch.bincount(depth).flip(0).cumsum(0).flip(0)[1:].tolist()
+    first = (positions[rows].amin(1) - window + 1).clamp(min=0) // block if window else torch.zeros(len(rows)).long()
+    blocks = positions[rows].amax(1) // block + 1 - first
+    order = blocks.argsort(descending=True, stable=True)
+    active = torch.bincount(blocks).flip(0).cumsum(0).flip(0)[1:].tolist()
+    rows, first = rows[order], first[order].to(device)
     place = order.argsort()[of_token] * TILE + within % TILE
     pages = page_table[sequence[rows[:, 0]]].to(device)
-    return Tiles(rows.to(device), positions[rows].to(device), pages, place.to(device), block, tuple(active))
+    return Tiles(
+        rows.to(device), positions[rows].to(device), pages, place.to(device), first, window, block, tuple(active)
+    )
 
 
 def write(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, pages: Tensor, offsets: Tensor) -> None:
@@ -75,24 +97,27 @@ def write(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, pages: Tensor, o
         pool[pages, :, offsets] = new.to(pool.dtype).nan_to_num(0.0).clamp_(-LIMIT, LIMIT)
 
 
-def attend(q: Tensor, k_pool: Tensor, v_pool: Tensor, tiles: Tiles) -> Tensor:
-    """q [T, heads, D] and the pools of `write` -> softmax(q kᵀ / sqrt(D)) v, [T, heads, D] in q's dtype.
+def attend(q: Tensor, k_pool: Tensor, v_pool: Tensor, tiles: Tiles, scale: float, cap: float = 0.0) -> Tensor:
+    """q [T, heads, D] and the pools of `write` -> softmax(f(q kᵀ * scale)) v, [T, heads, D] in q's dtype.
 
-    A query sees the keys at its position and before. Computed in float32, block by block in order with a running
-    maximum (Milakov and Gimelshein 2018); products have one shape whatever the batch, so a row's bits do not depend on
-    it.
+    A query sees the keys at its position and before, within the tiles' window. f(x) is cap * tanh(x / cap) (Gemma 2,
+    Rivière 2024), or x for a cap of 0. Computed in float32, block by block in order with a running maximum (Milakov
+    and Gimelshein 2018); products have one shape whatever the batch, so a row's bits do not depend on it, nor do they
+    on a block that it does not see.
     """
     heads, dim = q.shape[1:]
     kv_heads = k_pool.shape[1]
-    queries = (q.float() * dim**-0.5).index_select(0, tiles.rows.flatten())
+    queries = (q.float() * scale).index_select(0, tiles.rows.flatten())
     queries = queries.view(-1, TILE, kv_heads, heads // kv_heads, dim).permute(0, 2, 3, 1, 4)
     queries = queries.reshape(-1, TILE * heads // kv_heads, dim)
-    top = queries.new_full((*queries.shape[:2], 1), -torch.inf)
+    top = queries.new_full((*queries.shape[:2], 1), LOWEST)
     total, out = torch.zeros_like(top), torch.zeros_like(queries)
     for i, active in enumerate(tiles.active):
         n = active * kv_heads
         scores = torch.bmm(queries[:n], tiles.read(k_pool, i).transpose(1, 2))
-        scores.view(active, heads, TILE, tiles.block).add_(tiles.hidden(i)[:, None])
+        if cap:
+            scores = scores.div_(cap).tanh_().mul_(cap)
+        scores.view(active, heads, TILE, tiles.block).masked_fill_(tiles.hidden(i)[:, None], -torch.inf)
         peak = torch.maximum(top[:n], scores.amax(-1, keepdim=True))
         weights, kept = scores.sub_(peak).exp_(), (top[:n] - peak).exp_()
         total[:n] = total[:n] * kept + weights.sum(-1, keepdim=True)

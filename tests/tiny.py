@@ -1,4 +1,4 @@
-"""Random tiny Llama checkpoints and PEFT adapters, written to disk by transformers and peft themselves."""
+"""Random tiny checkpoints and PEFT adapters, written to disk by transformers and peft themselves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lorayard.worker.models.architectures import ARCHITECTURES
 
 torch.set_num_threads(1)
 SHAPE: dict[str, Any] = {
@@ -19,6 +21,10 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 2, "max_position_embeddings": 1024, "initializer_range": 0.1, "bos_token_id": 0,
     "eos_token_id": 1, "pad_token_id": 2,
 }  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": {},
+}  # fmt: skip
+"""What each architecture changes of SHAPE; a test fails for one that is missing."""
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 WITH_SCALING = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
                 "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
@@ -32,10 +38,18 @@ def quiet() -> Iterator[None]:
 
 
 @quiet()
-def write_model(path: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
-    """Save a Llama of SHAPE (with `changes` to its config) and random weights, norms and biases too, at `path`."""
+def write_model(
+    path: Path,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    architecture: str = "LlamaForCausalLM",
+    **changes: Any,
+) -> Path:
+    """Save a model of SHAPE (with `changes` to its config) and random weights, norms and biases too, at `path`."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE | changes))
+    shape = SHAPE | FAMILIES[architecture] | changes
+    config = AutoConfig.for_model(ARCHITECTURES[architecture].model_type, **shape)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     for name, parameter in model.named_parameters():
         if "norm" in name or "bias" in name:
             parameter.data += 0.2 * torch.randn_like(parameter)
@@ -48,7 +62,7 @@ def write_adapter(path: Path, base: Path, seed: int = 1, r: int = 4, alpha: floa
     """Save a LoRA adapter with A and B both random, its folder `path` naming it."""
     torch.manual_seed(seed)
     config = LoraConfig(**{"r": r, "lora_alpha": alpha, "target_modules": LINEARS, "task_type": "CAUSAL_LM"} | changes)
-    model = get_peft_model(LlamaForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = 0.15 * torch.randn_like(parameter)
@@ -59,7 +73,9 @@ def write_adapter(path: Path, base: Path, seed: int = 1, r: int = 4, alpha: floa
 @quiet()
 def reference(base: Path, adapters: list[tuple[Path, float]]) -> torch.nn.Module:
     """transformers and peft in float32 with the weighted sum of some adapters."""
-    model: torch.nn.Module = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     if not adapters:
         return model
     scales = {path.name: scale for path, scale in adapters}

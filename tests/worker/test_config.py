@@ -7,75 +7,63 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lorayard.demo import BASE
-from lorayard.shared.errors import UsageError
+from lorayard.shared.errors import LorayardError, ModelError, NotSupported, UsageError
 from lorayard.worker import ModelConfig
-from lorayard.worker.models.config import Gptq, Llama3Scaling
-from lorayard.worker.models.rope import frequencies, turns
+from lorayard.worker.models.rope import Rope
 
 SMALL: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "vocab_size": 50, "hidden_size": 64, "intermediate_size": 96,
     "num_hidden_layers": 2, "num_attention_heads": 4, "rms_norm_eps": 1e-5, "max_position_embeddings": 512,
 }  # fmt: skip
-SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 
 
 def read(path: Path, **fields: Any) -> ModelConfig:
-    """The config of SMALL with `fields`."""
-    (path / "config.json").write_text(json.dumps(SMALL | fields))
+    """The config of SMALL with `fields`; ... takes one away."""
+    (path / "config.json").write_text(json.dumps({k: v for k, v in (SMALL | fields).items() if v is not ...}))
     return ModelConfig.from_directory(path)
 
 
 def test_defaults(tmp_path: Path) -> None:
     config = read(tmp_path)
-    assert (config.num_kv_heads, config.head_dim, config.rope_theta, config.rope_scaling) == (4, 16, 10000.0, None)
-    assert (config.tied_head, config.attention_bias, config.mlp_bias, config.max_seq_len) == (False, False, False, 512)
+    assert (config.num_kv_heads, config.head_dim, config.query_scale) == (4, 16, 0.25)
+    assert (config.ropes, config.windows) == ((Rope(10000.0),) * 2, (0, 0))
+    assert (config.tied_head, config.biases, config.max_seq_len) == (False, frozenset(), 512)
 
 
-def test_the_demo_model(tmp_path: Path) -> None:
+def test_the_demo_model() -> None:
     config = ModelConfig.from_directory(BASE)
-    assert (config.gptq, config.tied_head, config.num_layers) == (Gptq(64, False, 1), True, 5)
+    assert (config.quantisation.group_size, config.tied_head, config.num_layers) == (64, True, 5)
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **SCALING}},
-        {"rope_theta": 500000, "rope_scaling": {"type": "llama3", **SCALING}},
-        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **SCALING}},
-    ],
-)
-def test_llama3_scaling_as_transformers_has_it(fields: dict[str, Any], tmp_path: Path) -> None:
-    config = read(tmp_path, **fields)
-    assert (config.rope_theta, config.rope_scaling) == (5e5, Llama3Scaling(8.0, 1.0, 4.0, 64))
-    theirs = LlamaConfig(**SMALL, rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **SCALING})
-    cos, sin = LlamaRotaryEmbedding(theirs)(torch.zeros(1), torch.arange(512)[None])
-    for mine, full in zip(turns(torch.arange(512), frequencies(config)), (cos[0], sin[0]), strict=True):
-        assert torch.allclose(mine, full[:, :8], atol=1e-5)
-    assert not torch.allclose(frequencies(config), frequencies(read(tmp_path, rope_theta=5e5)), rtol=0.1)
+def test_the_architecture_by_either_name(tmp_path: Path) -> None:
+    for fields in ({"model_type": "llama"}, {"architectures": ..., "model_type": "llama"}):
+        assert read(tmp_path, **fields).architecture.model_type == "llama"
 
 
-@pytest.mark.parametrize(
-    ("section", "expected"),
-    [
-        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True}, Gptq(128, True, 1)),
-        ({"group_size": -1, "checkpoint_format": "gptq_v2"}, Gptq(-1, False, 0)),
-    ],
-)
-def test_gptq_fields_in_the_config_or_beside_it(section: dict[str, Any], expected: Gptq, tmp_path: Path) -> None:
-    assert read(tmp_path, quantization_config=section).gptq == expected
-    (tmp_path / "quantize_config.json").write_text(json.dumps(section))
-    assert read(tmp_path).gptq == expected
+REFUSED: list[tuple[dict[str, Any], type[LorayardError], str]] = [
+    ({"architectures": ..., "model_type": "gpt2"}, NotSupported, "model_type 'gpt2'"),
+    ({"architectures": ["Gemma3ForConditionalGeneration"]}, NotSupported, "Gemma3ForConditionalGeneration"),
+    ({"model_type": "granite"}, NotSupported, "model_type 'granite'"),
+    ({"architectures": ["LlamaForCausalLM", "X"]}, NotSupported, "'X'"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, ModelError, "need a sliding_window"),
+    ({"layer_types": ["chunked_attention"] * 2}, NotSupported, "'chunked_attention'"),
+    ({"layer_types": ["full_attention"]}, ModelError, "must name 2 layers"),
+]
+
+
+@pytest.mark.parametrize(("fields", "error", "words"), REFUSED)
+def test_what_is_not_done(fields: dict[str, Any], error: type[LorayardError], words: str, tmp_path: Path) -> None:
+    with pytest.raises(error) as refused:
+        read(tmp_path, **fields)
+    assert type(refused.value) is error and words in str(refused.value)
 
 
 def test_overrides(tmp_path: Path) -> None:
     read(tmp_path)
-    config = ModelConfig.from_directory(tmp_path, max_seq_len=77, rope_theta=1e6, rope_alpha=2)
-    assert (config.max_seq_len, config.rope_theta, config.rope_alpha) == (77, 1e6, 2.0)
+    config = ModelConfig.from_directory(tmp_path, max_seq_len=77, rope_theta=1e6, rope_alpha=2, rope_scale=3)
+    assert (config.max_seq_len, config.ropes) == (77, (Rope(1e6, None, 2.0, 3.0),) * 2)
     for overrides in (
         {"max_len": 5},
         {"max_seq_len": 0},

@@ -170,7 +170,7 @@ def test_attention_over_many_pages_is_exact() -> None:
     positions, table = torch.arange(n), torch.tensor([[4, 0, 5, 2]])
     write(k, v, pools[0], pools[1], table[0, positions // page], positions % page)
     tiles = tile(torch.zeros_like(positions), positions, table, page, 8, torch.device("cpu"))
-    got = attend(q, pools[0], pools[1], tiles)
+    got = attend(q, pools[0], pools[1], tiles, 8**-0.5)
     wide = [t.repeat_interleave(2, 1).transpose(0, 1) for t in (k, v)]
     expected = torch.nn.functional.scaled_dot_product_attention(q.transpose(0, 1), *wide, is_causal=True)
     assert torch.allclose(got, expected.transpose(0, 1), atol=1e-5)

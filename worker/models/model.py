@@ -19,9 +19,9 @@ from ..linear.tensors import Tensors
 from .adapters import Adapter, Bank
 from .batch import Batch, LoraRows
 from .config import ModelConfig
-from .llama import Layer, Step, layer_linears, layer_norms
+from .layer import Layer, Step, layer_linears, layer_norms, read_norm
 from .placement import Devices, budgets, place
-from .rope import frequencies
+from .rope import Rope
 
 EMBED, HEAD = "model.embed_tokens", "lm_head"
 """Modules beside the layers' linears, by the names that PEFT gives them."""
@@ -33,7 +33,7 @@ SMALL_LINEAR = 1 << 20
 
 
 class Model:
-    """A Llama model. `load` before anything else; the CPU computes in float32, a GPU in fp16 or bf16."""
+    """A model. `load` before anything else; the CPU computes in float32, a GPU in fp16 or bf16."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
@@ -43,7 +43,7 @@ class Model:
         """Give the memory back."""
         self.layers: list[Layer] = []
         self.linears: dict[str, Linear] = {}
-        self.rope: dict[torch.device, Tensor] = {}
+        self.rope: dict[torch.device, dict[Rope, Tensor]] = {}
         self.dtype = torch.float32
         self.head: Linear | None = None
         self.embedding = self.norm = torch.empty(0)
@@ -103,12 +103,13 @@ class Model:
             self.layers.append(layer)
             self.linears |= {module.name: module for module in layer.linears.values()}
             progress(i + 2, len(placed))
-        self.norm = tensors.read(NORM).to(placed[-1], self.dtype)
+        self.norm = read_norm(config, tensors, NORM, placed[-1], self.dtype)
         if has_head(config, tensors):
             self.head = formats.read(tensors, head_shape(config), config.quantisation, placed[-1], self.dtype)
         else:
             self.head = Linear(head_shape(config), self.embedding.to(placed[-1]), None)
-        self.rope = {device: frequencies(config).to(device) for device in set(placed)}
+        frequencies = {rope: rope.frequencies(config.head_dim) for rope in set(config.ropes)}
+        self.rope = {device: {rope: f.to(device) for rope, f in frequencies.items()} for device in set(placed)}
         progress(len(placed), len(placed))
 
     def forward(self, batch: Batch, cache: Cache, bank: Bank | None = None) -> Tensor:
@@ -120,11 +121,19 @@ class Model:
         if self.head is None:
             raise UsageError("the model is not loaded")
         steps = self._steps(batch, bank)
-        h = self._embed(batch, bank)
+        h = self._widen(self._embed(batch, bank))
         for i, layer in enumerate(self.layers):
             h = layer.forward(h.to(layer.device), steps[layer.device], *cache[i])
         h = h[batch.logit_rows.to(h.device)].to(self.norm.device)
-        return self._project(rms_norm(h, self.norm, self.config.norm_eps), batch, bank).float()
+        h = rms_norm(h, self.norm, self.config.norm_eps, self.dtype)
+        logits, cap = self._project(h, batch, bank).float(), self.config.logit_cap
+        return (logits / cap).tanh() * cap if cap else logits
+
+    def _widen(self, h: Tensor) -> Tensor:
+        """The residual stream's beginning (see Architecture.gemma); the factor is rounded as transformers does."""
+        if not self.config.architecture.gemma:
+            return h
+        return h.float() * float(torch.tensor(self.config.hidden_size**0.5, dtype=self.dtype))
 
     def _embed(self, batch: Batch, bank: Bank | None) -> Tensor:
         """The embedding's rows of the tokens, [T, hidden], with what the slots do to them."""
@@ -140,7 +149,8 @@ class Model:
         return bank.apply(HEAD, h, y, bank.prepare(uses, h.device)) if bank and uses else y
 
     def _steps(self, batch: Batch, bank: Bank | None) -> dict[torch.device, Step]:
-        return {device: Step.of(batch, device, self.rope[device], bank) for device in set(self.layer_devices)}
+        windows = self.config.windows
+        return {d: Step.of(batch, d, windows, self.rope[d], bank) for d in set(self.layer_devices)}
 
     def logits(
         self, token_ids: Sequence[int] | Tensor, loras: Sequence[Adapter | tuple[Adapter, float]] = ()
@@ -203,9 +213,11 @@ def checkpoint(config: ModelConfig) -> Tensors:
     tensors.require(EMBEDDING, (config.vocab_size, config.hidden_size))
     for shape in shapes:
         formats.check(tensors, shape, config.quantisation)
-    norms = [NORM, *(name for i in range(config.num_layers) for name in layer_norms(i))]
-    for name in norms:
-        tensors.require(name, (config.hidden_size,))
+    norms = {NORM: config.hidden_size}
+    for i in range(config.num_layers):
+        norms |= dict(layer_norms(config, i).values())
+    for name, size in norms.items():
+        tensors.require(name, (size,))
     _refuse_unused(tensors, {EMBEDDING, *norms}, shapes, config.tied_head)
     return tensors
 

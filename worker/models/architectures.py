@@ -1,0 +1,60 @@
+"""The families of models: what sets each apart from Llama, as data over one decoder layer.
+
+The facts are those of the classes of the same names in transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from lorayard.kernels.silu_mul import silu_mul
+
+from ..files import JsonFile
+
+NORMS = {"attention_in": "input_layernorm", "mlp_in": "post_attention_layernorm"}
+ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+
+
+def never(file: JsonFile, layer: int) -> bool:
+    """No layer has a window."""
+    return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """A family of models.
+
+    model_type: its other name in config.json. defaults: what transformers puts in for fields that are absent (null is
+    a value); of the fields that not all families have, those named here count. refused: fields that must be absent,
+    null or false. biases: linears that have a bias; those of a field if it is true. slides: whether a layer has the
+    window, if config.json has no layer_types. activations: the names that mean `gate`. norms: tensors by their place
+    in the layer, attention_in, attention_out, mlp_in, mlp_out, q, k; a place without one does nothing. local_theta:
+    the RoPE base of layers with a window, if it is one of its own. gemma: norms multiply by 1 + w in float32,
+    embeddings are multiplied by sqrt(hidden_size), and the residual stream, which fp16 cannot hold, is float32.
+    """
+
+    model_type: str
+    defaults: Mapping[str, Any]
+    refused: tuple[str, ...] = ()
+    biases: tuple[str, ...] = ()
+    slides: Callable[[JsonFile, int], bool] = never
+    activations: tuple[str, ...] = ("silu",)
+    gate: Callable[[Tensor, Tensor], Tensor] = silu_mul
+    norms: Mapping[str, str] = field(default_factory=lambda: NORMS)
+    theta: float = 10000.0
+    local_theta: float | None = None
+    gemma: bool = False
+
+
+LLAMA = Architecture(
+    model_type="llama",
+    defaults={"hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False},
+)
+ARCHITECTURES = {
+    "LlamaForCausalLM": LLAMA,
+}
+"""By the name in `architectures` of config.json."""
