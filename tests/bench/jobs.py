@@ -281,7 +281,7 @@ def beats(yard: Yard, prompts: int) -> Iterator[tuple[str, str, str]]:
     text = ("The quick brown fox jumps over 13 lazy dogs. " * 24000)[: (1 << 20) - 1000]
     yard.preassign(prompts, tokens=None, prompt=text)
     worker.go()
-    yard.until(lambda: yard.redis.xlen(KEYS.results("b")) == prompts)
+    yard.until(lambda: yard.redis.xlen(KEYS.results("b")) == prompts, within_s=600)
     worker.end()
     _, times = worker.report()
     late = max(b - a for a, b in zip(times, times[1:], strict=False)) - 0.25
