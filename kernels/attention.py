@@ -44,7 +44,7 @@ class Tiles:
         return later | (keys <= positions - self.window) if self.window else later
 
     def read(self, pool: Tensor, i: int) -> Tensor:
-        """float32 [n * kv_heads, block, D]: i-th blocks of the tiles that have one, of pool [pages, kv_heads, page, D]."""
+        """float32 [n * kv_heads, block, D] of pool [pages, kv_heads, page, D]: the tiles' i-th blocks."""
         _, heads, page, dim = pool.shape
         n, parts = self.active[i], page // self.block
         block = self.first[:n, None] + i

@@ -54,7 +54,13 @@ LLAMA = Architecture(
     model_type="llama",
     defaults={"hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False},
 )
+MISTRAL = Architecture(
+    model_type="mistral",
+    defaults={"hidden_act": "silu", "tie_word_embeddings": False, "sliding_window": 4096},
+    slides=lambda file, layer: True,
+)
 ARCHITECTURES = {
     "LlamaForCausalLM": LLAMA,
+    "MistralForCausalLM": MISTRAL,
 }
 """By the name in `architectures` of config.json."""
