@@ -59,8 +59,18 @@ MISTRAL = Architecture(
     defaults={"hidden_act": "silu", "tie_word_embeddings": False, "sliding_window": 4096},
     slides=lambda file, layer: True,
 )
+QWEN2 = Architecture(
+    model_type="qwen2",
+    defaults={
+        "hidden_act": "silu", "tie_word_embeddings": False, "use_sliding_window": False, "sliding_window": 4096,
+        "max_window_layers": 28, "layer_types": None,
+    },
+    biases=("q_proj", "k_proj", "v_proj"),
+    slides=lambda file, layer: layer >= file.get("max_window_layers", int),
+)  # fmt: skip
 ARCHITECTURES = {
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": MISTRAL,
+    "Qwen2ForCausalLM": QWEN2,
 }
 """By the name in `architectures` of config.json."""
