@@ -25,6 +25,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {},
     "MistralForCausalLM": {"sliding_window": 40},
     "Qwen2ForCausalLM": {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 1},
+    "Qwen3ForCausalLM": {"head_dim": 32, "use_sliding_window": True, "sliding_window": 40, "max_window_layers": 1},
 }  # fmt: skip
 """What each architecture changes of SHAPE; a test fails for one that is missing."""
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

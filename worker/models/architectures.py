@@ -6,7 +6,7 @@ The facts are those of the classes of the same names in transformers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from lorayard.kernels.silu_mul import silu_mul
 from ..files import JsonFile
 
 NORMS = {"attention_in": "input_layernorm", "mlp_in": "post_attention_layernorm"}
+QUERY_KEY = {"q": "self_attn.q_norm", "k": "self_attn.k_norm"}
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 
 
@@ -68,9 +69,17 @@ QWEN2 = Architecture(
     biases=("q_proj", "k_proj", "v_proj"),
     slides=lambda file, layer: layer >= file.get("max_window_layers", int),
 )  # fmt: skip
+QWEN3 = replace(
+    QWEN2,
+    model_type="qwen3",
+    defaults={**QWEN2.defaults, "head_dim": 128, "attention_bias": False},
+    biases=(),
+    norms=NORMS | QUERY_KEY,
+)
 ARCHITECTURES = {
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": MISTRAL,
     "Qwen2ForCausalLM": QWEN2,
+    "Qwen3ForCausalLM": QWEN3,
 }
 """By the name in `architectures` of config.json."""
