@@ -26,6 +26,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "MistralForCausalLM": {"sliding_window": 40},
     "Qwen2ForCausalLM": {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 1},
     "Qwen3ForCausalLM": {"head_dim": 32, "use_sliding_window": True, "sliding_window": 40, "max_window_layers": 1},
+    "GemmaForCausalLM": {"head_dim": 32, "num_key_value_heads": 1},
 }  # fmt: skip
 """What each architecture changes of SHAPE; a test fails for one that is missing."""
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -11,12 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
+from lorayard.kernels.gelu_mul import gelu_mul
 from lorayard.kernels.silu_mul import silu_mul
 
 from ..files import JsonFile
 
 NORMS = {"attention_in": "input_layernorm", "mlp_in": "post_attention_layernorm"}
 QUERY_KEY = {"q": "self_attn.q_norm", "k": "self_attn.k_norm"}
+GELU = "gelu_pytorch_tanh"
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 
 
@@ -76,10 +78,22 @@ QWEN3 = replace(
     biases=(),
     norms=NORMS | QUERY_KEY,
 )
+GEMMA = Architecture(
+    model_type="gemma",
+    defaults={
+        "hidden_act": GELU, "hidden_activation": None, "tie_word_embeddings": True, "head_dim": 256,
+        "attention_bias": False,
+    },
+    refused=("use_bidirectional_attention",),
+    activations=(GELU, "gelu"),
+    gate=gelu_mul,
+    gemma=True,
+)  # fmt: skip
 ARCHITECTURES = {
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": MISTRAL,
     "Qwen2ForCausalLM": QWEN2,
     "Qwen3ForCausalLM": QWEN3,
+    "GemmaForCausalLM": GEMMA,
 }
 """By the name in `architectures` of config.json."""
