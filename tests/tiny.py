@@ -27,6 +27,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen2ForCausalLM": {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 1},
     "Qwen3ForCausalLM": {"head_dim": 32, "use_sliding_window": True, "sliding_window": 40, "max_window_layers": 1},
     "GemmaForCausalLM": {"head_dim": 32, "num_key_value_heads": 1},
+    "Gemma2ForCausalLM": {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 40,
+                          "attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0},
 }  # fmt: skip
 """What each architecture changes of SHAPE; a test fails for one that is missing."""
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

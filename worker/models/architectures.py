@@ -17,6 +17,8 @@ from lorayard.kernels.silu_mul import silu_mul
 from ..files import JsonFile
 
 NORMS = {"attention_in": "input_layernorm", "mlp_in": "post_attention_layernorm"}
+AROUND = {"attention_in": "input_layernorm", "attention_out": "post_attention_layernorm",
+          "mlp_in": "pre_feedforward_layernorm", "mlp_out": "post_feedforward_layernorm"}  # fmt: skip
 QUERY_KEY = {"q": "self_attn.q_norm", "k": "self_attn.k_norm"}
 GELU = "gelu_pytorch_tanh"
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
@@ -89,11 +91,24 @@ GEMMA = Architecture(
     gate=gelu_mul,
     gemma=True,
 )  # fmt: skip
+GEMMA2 = replace(
+    GEMMA,
+    model_type="gemma2",
+    defaults={
+        "hidden_activation": GELU, "tie_word_embeddings": True, "head_dim": 256, "attention_bias": False,
+        "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+        "sliding_window": 4096, "layer_types": None,
+    },
+    activations=(GELU,),
+    slides=lambda file, layer: layer % 2 == 0,
+    norms=AROUND,
+)  # fmt: skip
 ARCHITECTURES = {
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": MISTRAL,
     "Qwen2ForCausalLM": QWEN2,
     "Qwen3ForCausalLM": QWEN3,
     "GemmaForCausalLM": GEMMA,
+    "Gemma2ForCausalLM": GEMMA2,
 }
 """By the name in `architectures` of config.json."""
