@@ -29,6 +29,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "GemmaForCausalLM": {"head_dim": 32, "num_key_value_heads": 1},
     "Gemma2ForCausalLM": {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 40,
                           "attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0},
+    "Gemma3ForCausalLM": {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 40,
+                          "layer_types": ["sliding_attention", "full_attention"]},
 }  # fmt: skip
 """What each architecture changes of SHAPE; a test fails for one that is missing."""
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -103,6 +103,20 @@ GEMMA2 = replace(
     slides=lambda file, layer: layer % 2 == 0,
     norms=AROUND,
 )  # fmt: skip
+GEMMA3 = replace(
+    GEMMA2,
+    model_type="gemma3_text",
+    defaults={
+        "hidden_activation": GELU, "tie_word_embeddings": True, "head_dim": 256, "attention_bias": False,
+        "query_pre_attn_scalar": 256, "final_logit_softcapping": None, "sliding_window": 4096,
+        "sliding_window_pattern": 6, "layer_types": None,
+    },
+    refused=("use_bidirectional_attention", "attn_logit_softcapping"),
+    slides=lambda file, layer: (layer + 1) % file.size("sliding_window_pattern") > 0,
+    norms=AROUND | QUERY_KEY,
+    theta=1e6,
+    local_theta=1e4,
+)  # fmt: skip
 ARCHITECTURES = {
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": MISTRAL,
@@ -110,5 +124,6 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": QWEN3,
     "GemmaForCausalLM": GEMMA,
     "Gemma2ForCausalLM": GEMMA2,
+    "Gemma3ForCausalLM": GEMMA3,
 }
 """By the name in `architectures` of config.json."""
