@@ -15,11 +15,23 @@ from . import WIRE_VERSION
 from .errors import Refused
 from .sampling import SamplingParams, packed
 
-__all__ = ["ADAPTER_ID", "BASE", "MAX_RANK_SUM", "Job", "LoraSet", "SamplingParams", "combination"]
+__all__ = [
+    "ADAPTER_ID",
+    "BASE",
+    "MAX_LOGPROBS",
+    "MAX_RANK_SUM",
+    "MAX_SAMPLES",
+    "Job",
+    "LoraSet",
+    "SamplingParams",
+    "combination",
+]
 
 ADAPTER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MAX_ADAPTERS = 8
 MAX_RANK_SUM = 256
+MAX_SAMPLES = 64
+MAX_LOGPROBS = 20
 
 
 @dataclass(frozen=True, slots=True)

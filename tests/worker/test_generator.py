@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -280,6 +281,13 @@ def test_what_cannot_run_is_refused_before_it_is_queued(make: Any, adapters: dic
         ("bad_field", [5], {"stop": "END"}),
         ("bad_field", [5], {"stop": [""]}),
         ("bad_field", [5], {"stop": [1408]}),
+        ("bad_field", [5], {"banned_strings": [""]}),
+        ("bad_field", [5], {"n": 0}),
+        ("bad_field", [5], {"n": 65}),
+        ("bad_field", [5], {"logprobs": 21}),
+        ("bad_field", [5], {"prompt_logprobs": -1}),
+        ("bad_field", [5], {"sampling": SamplingParams(logit_bias=((1408, 1.0),))}),
+        ("bad_field", [5], {"sampling": SamplingParams(allowed_tokens=(1408,))}),
         ("bad_field", "half \ud800", {}),
         ("bad_adapter", [5], {"loras": [(shout, float("nan"))]}),
     ]
@@ -289,7 +297,7 @@ def test_what_cannot_run_is_refused_before_it_is_queued(make: Any, adapters: dic
         assert caught.value.code == code
     with pytest.raises(AdapterError, match="twice"):
         generator.enqueue([5], loras=[shout, (shout, 0.5)])
-    generator.bank.max_rank = 7
+    generator.limits = replace(generator.limits, max_rank=7)
     with pytest.raises(AdapterError, match="sum to 8"):
         generator.enqueue([5], loras=[shout])
     with pytest.raises(UsageError, match="no slot 8"):

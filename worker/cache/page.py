@@ -60,6 +60,10 @@ class PageTable:
         """Full pages that can be used again."""
         return len(self._known)
 
+    def knows(self, key: bytes) -> bool:
+        """Whether a full page with this key can be used again."""
+        return key in self._known
+
     def reserve(self, count: int, keys: Sequence[bytes]) -> Reservation | None:
         """`count` pages for a sequence whose first pages have `keys`; None if there are too few free ones.
 

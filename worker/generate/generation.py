@@ -1,115 +1,168 @@
-"""One job in the generator: its tokens, pages and slot, and what its text has come to."""
+"""One sample of a job in the generator: its tokens, pages and slot, and what its text has come to."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING
 
-from lorayard.shared.job import SamplingParams
+from lorayard.shared.errors import Refused
 
-from ..cache.page import chain
 from ..text.stream import TextStream
-from .event import Event, Handle
+from .banned import BannedStrings, Said
+from .event import Event, Handle, TokenLogprobs
 from .mask import Mask
-from .sampler import Draw
+from .request import Request
+from .sampler import Choice, Draw
 from .stop import StopScanner
 
-if TYPE_CHECKING:
-    from ..lora.peft import Lora
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a job asks for, checked. loras: (adapter, scale), sorted by name. stop_ids: with the model's end ids."""
-
-    prompt: tuple[int, ...]
-    max_tokens: int
-    min_tokens: int
-    sampling: SamplingParams
-    seed: int
-    sample: int
-    loras: tuple[tuple[Lora, float], ...]
-    stop_strings: tuple[str, ...]
-    stop_ids: frozenset[int]
-    slot: int | None
-
-    @cached_property
-    def adapters(self) -> tuple[Lora, ...]:
-        """The combination that a slot must hold; empty for the base."""
-        return tuple(lora for lora, _ in self.loras)
-
-    @cached_property
-    def salt(self) -> bytes:
-        """Where the keys of this job's pages start: K/V depends on the adapters' bytes and on the exact scales."""
-        return "".join(f"{lora.digest}*{scale!r}+" for lora, scale in self.loras).encode()
-
-    @cached_property
-    def prefix_keys(self) -> list[bytes]:
-        """Keys of the full pages that need not be computed if they are known; the last token always is."""
-        return chain(self.salt, self.prompt[:-1])
+MAX_REWINDS = 1000
+"""How often banned strings may take text back before the job is given up."""
 
 
 @dataclass(eq=False, slots=True)
 class Generation:
-    """A job on its way. computed: how many of token_ids have their K/V in the cache."""
+    """A sample on its way. token_ids: prompt and drawn ones, `computed` of which have their K/V in the cache.
+
+    published: how many of its pages are known or have been published. prompt_logprobs: so far.
+    """
 
     handle: Handle
     request: Request
-    stream: TextStream
-    token_ids: list[int]
-    scanner: StopScanner
+    new_stream: Callable[[], TextStream]
+    token_ids: list[int] = field(init=False)
     computed: int = 0
     pages: tuple[int, ...] = ()
+    published: int = 0
     slot: int | None = None
     skips: int = 0
-    texts: list[str] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    _stream: TextStream = field(init=False)
+    _healed: int = field(init=False)
+    """Characters still to come that the prompt had already."""
+    _scanner: StopScanner = field(init=False)
+    _banned: BannedStrings = field(init=False)
+    _mu: float = field(init=False)
+    _rewinds: int = 0
+    _tried: dict[int, frozenset[int]] = field(default_factory=dict)
+    """Position -> tokens with which a banned string began there."""
+    _texts: list[str] = field(default_factory=list)
+    _told: int = 0
+    _healing_told: bool = False
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.request.prompt)
+        self._stream, self._healed = self.new_stream(), len(self.request.healed)
+        self._scanner = StopScanner(self.request.stop_strings)
+        self._banned = BannedStrings(self.request.banned_strings)
+        self._mu = 2 * self.request.sampling.mirostat_tau
 
     @property
     def new_tokens(self) -> int:
-        """Tokens drawn so far."""
-        return len(self.token_ids) - len(self.request.prompt)
+        """Tokens drawn so far; -1 before the one that heals the prompt."""
+        return len(self.token_ids) - self.request.prompt_tokens
+
+    @property
+    def settled(self) -> int:
+        """How many tokens will never be taken back, nor, as the last one before such, be computed again."""
+        return len(self.token_ids) - len(self._banned.held) - bool(self.request.banned_strings)
 
     @property
     def draw(self) -> Draw:
         """What the sampler needs for the next token. Until min_tokens are there, nothing that stops may come."""
-        request = self.request
-        mask = Mask.of(request.sampling)
-        mask = mask.without(request.stop_ids) if self.new_tokens < request.min_tokens else mask
-        return Draw(request.sampling, self.token_ids, len(request.prompt), request.seed, request.sample, 0, mask)
+        request, position = self.request, len(self.token_ids)
+        mask = request.mask
+        if self.new_tokens < 0:
+            mask = Mask(request.healing)
+        elif self.new_tokens < request.min_tokens:
+            mask = mask.without(request.stop_ids)
+        if position in self._tried:
+            mask = mask.without(self._tried[position])
+        return Draw(
+            request.sampling, self.token_ids, request.prompt_tokens, request.seed, request.sample, self._rewinds, mask,
+            self._mu, request.breakers, request.ignored,
+        )  # fmt: skip
 
-    def accept(self, token: int) -> Event:
-        """Take the next token; the event is the last one if the job ends with it."""
+    def accept(self, choice: Choice, logprobs: TokenLogprobs | None = None) -> Event | None:
+        """Take the next token: what is new, if anything may be told. The event is the last one if the job ends."""
+        request, token = self.request, choice.token
         self.token_ids.append(token)
-        stopped = token in self.request.stop_ids
-        text = "" if stopped else self.scanner.push(self.stream.push([token]))
-        ended = stopped or self.scanner.match is not None or self.new_tokens == self.request.max_tokens
-        if not ended:
-            self.texts.append(text)
-            return Event(self.handle, text, (token,))
-        text += self._flush()
-        match = self.scanner.match if self.scanner.match is not None else token if stopped else None
-        return self.end("length" if match is None else "stop", text, (token,), match)
+        stopped = token in request.stop_ids and self.new_tokens > 0
+        said = Said(token, "" if stopped else self._push(token), self._mu, logprobs)
+        self._mu = choice.mu
+        if request.banned_strings and (taken_back := self._banned.push(said)):
+            return self._rewind(taken_back)
+        ended = stopped or self.new_tokens == request.max_tokens
+        news = self._banned.release(all=ended) if request.banned_strings else [said]
+        text = self._scan(news)
+        if self._scanner.match is not None:
+            news += self._banned.release(all=True)
+        elif not ended:
+            return self._event(text, news)
+        else:
+            text += self._flush()
+        match = self._scanner.match if self._scanner.match is not None else token if stopped else None
+        return self.end("length" if match is None else "stop", text, news, match)
 
     def cancel(self) -> Event:
         """The last event of a job that is no longer wanted."""
-        return self.end("cancelled", self._flush())
+        news = self._banned.release(all=True)
+        text = self._scan(news)
+        return self.end("cancelled", text + self._flush(), news)
 
     def end(
-        self, finish: str, text: str = "", token_ids: Sequence[int] = (), stop_match: str | int | None = None,
+        self, finish: str, text: str = "", news: Sequence[Said] = (), stop_match: str | int | None = None,
         error: Exception | None = None,
     ) -> Event:  # fmt: skip
         """The last event."""
-        self.texts.append(text)
-        full, prompt = "".join(self.texts), len(self.request.prompt)
+        ids, logprobs = self._tell(text, news)
+        wanted = self.request.prompt_logprobs is not None
         return Event(
-            self.handle, text, tuple(token_ids), True, finish, stop_match, full, prompt, self.new_tokens, error
-        )
+            self.handle, text, ids, self.request.sample, logprobs, True, finish, stop_match, "".join(self._texts),
+            self.request.prompt_tokens, self._told, error, tuple(self.prompt_logprobs) if wanted else None,
+        )  # fmt: skip
+
+    def _event(self, text: str, news: Sequence[Said]) -> Event | None:
+        ids, logprobs = self._tell(text, news)
+        return Event(self.handle, text, ids, self.request.sample, logprobs) if ids or text else None
+
+    def _tell(self, text: str, news: Sequence[Said]) -> tuple[tuple[int, ...], tuple[TokenLogprobs, ...]]:
+        """Note what is told; the token that heals the prompt is not among the new ones."""
+        if self.request.healing and news and not self._healing_told:
+            news, self._healing_told = news[1:], True
+        self._texts.append(text)
+        self._told += len(news)
+        return tuple(said.token for said in news), tuple(said.logprobs for said in news if said.logprobs is not None)
+
+    def _push(self, token: int) -> str:
+        """The text that the token completes, without what the prompt had of it."""
+        text = self._stream.push([token])
+        new, self._healed = text[self._healed :], max(0, self._healed - len(text))
+        return new
+
+    def _scan(self, news: Sequence[Said]) -> str:
+        """The text of tokens as far as it belongs to no stop string."""
+        return self._scanner.push("".join(said.text for said in news))
 
     def _flush(self) -> str:
         """All that is held back, up to a stop string."""
-        if self.scanner.match is not None:
+        if self._scanner.match is not None:
             return ""
-        text = self.scanner.push(self.stream.finish())
-        return text if self.scanner.match is not None else text + self.scanner.finish()
+        text = self._scanner.push(self._stream.finish()[self._healed :])
+        return text if self._scanner.match is not None else text + self._scanner.finish()
+
+    def _rewind(self, taken_back: Sequence[Said]) -> Event | None:
+        """Go on from before these tokens with another one than the first; the text stream is read in anew."""
+        if self._rewinds == MAX_REWINDS:
+            error = Refused("bad_field", f"banned_strings took text back {MAX_REWINDS} times; nothing else would come")
+            return self.end("error", error=error)
+        first, position = taken_back[0], len(self.token_ids) - len(taken_back)
+        del self.token_ids[position:]
+        self.computed = position - 1
+        self._mu = first.mu
+        self._rewinds += 1
+        self._tried = {place: ids for place, ids in self._tried.items() if place <= position}
+        self._tried[position] = self._tried.get(position, frozenset()) | {first.token}
+        self._stream, self._healed = self.new_stream(), len(self.request.healed)
+        for token in self.token_ids[len(self.request.prompt) :]:
+            self._push(token)
+        return None

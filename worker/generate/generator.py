@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import random
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from lorayard.shared.errors import AdapterError, GeneratorBusy, Refused, UsageError
+from lorayard.shared.errors import GeneratorBusy, Refused, UsageError
 from lorayard.shared.job import SamplingParams
 
 from ..cache.page import PageTable
@@ -19,15 +20,14 @@ from ..lora.peft import Lora
 from ..models.model import Model
 from ..text.tokenizer import Tokenizer
 from .event import Event, Handle
-from .generation import Generation, Request
-from .sampler import Choice, sample
+from .generation import Generation
+from .request import Limits, LoraUse, LoraUses, Request, texts
 from .scheduler import Scheduler, Span
-from .step import build_batch
-from .stop import StopScanner
+from .step import Outcome, build_batch, outcomes
+from .words import Words
 
 __all__ = ["Event", "Generator", "Handle"]
 
-LoraUse = Lora | tuple[Lora, float]
 GREEDY = SamplingParams(temperature=0)
 
 
@@ -48,9 +48,11 @@ class Generator:
         self.bank = LoraBank(model, slots)
         self.table = PageTable(cache.pages)
         self._scheduler = Scheduler(self.table, self.bank, max_batch, chunk)
-        self._jobs: dict[Handle, Generation] = {}
+        self.limits = Limits(model.config.vocab_size, self.capacity, self.bank.max_rank, slots)
+        self._words = Words(tokenizer)
+        self._jobs: dict[Handle, list[Generation]] = {}
         self._events: list[Event] = []
-        self._default: tuple[tuple[Lora, float], ...] = ()
+        self._default: LoraUses = ()
         self._serial = 0
         self._seeds = random.Random(seed)
 
@@ -82,45 +84,65 @@ class Generator:
     def set_loras(self, loras: Sequence[LoraUse] | None) -> None:
         """Choose the LoRA set of jobs that name none; None or [] is the base. Raises GeneratorBusy, AdapterError."""
         self._need_idle("the default LoRA set can only change")
-        self._default = self._lora_set(loras or ())
+        self._default = self.limits.lora_set(loras or ())
 
     def enqueue(
         self, prompt: str | Sequence[int], *, max_tokens: int = 256, min_tokens: int = 0,
         sampling: SamplingParams | None = None, loras: Sequence[LoraUse] | None = None, stop: Sequence[str | int] = (),
-        add_bos: bool | None = None, slot: int | None = None, sample: int = 0,
+        add_bos: bool | None = None, slot: int | None = None, n: int = 1, logprobs: int | None = None,
+        prompt_logprobs: int | None = None, token_healing: bool = False, banned_strings: Sequence[str] = (),
+        deadline: float | None = None,
     ) -> Handle:  # fmt: skip
         """Queue a job: text or token ids to go on from.
 
         loras: one set, None for the default one. stop: strings and ids that end the text without being part of it,
         besides the model's own end ids. min_tokens: no such id is drawn before. add_bos: as `Tokenizer.encode`.
-        slot: which slot of the bank to use if the combination is in none. sample: tells apart several answers to one
-        prompt with one seed. Raises Refused or AdapterError; nothing is queued then.
+        slot: which slot of the bank to use if the combination is in none. n: samples of the prompt, which share its
+        full pages. logprobs, prompt_logprobs: how many of the likeliest tokens are told with each new token, and with
+        each of the prompt, which is then computed whole; None tells nothing. token_healing: the prompt's last token may
+        become a longer one. banned_strings: never come, in whatever case; text that becomes one is taken back before it
+        is told. deadline: by time.monotonic(); past it the job ends with Refused("expired").
+        Raises Refused or AdapterError; nothing is queued then.
         """
         sampling = sampling or SamplingParams()
+        ids = tuple(self.tokenizer.encode(prompt, add_bos) if isinstance(prompt, str) else prompt)
+        stop_strings = texts("stop", stop)
+        stop_ids = frozenset(item for item in stop if not isinstance(item, str))
+        self.limits.check_ids("stop", stop_ids)
+        self.limits.check_ids("prompt", ids)
+        healing = self._words.healing(ids) if token_healing else frozenset()
         request = Request(
-            self._prompt(prompt, add_bos), max_tokens, min_tokens, sampling,
-            self._seeds.getrandbits(64) if sampling.seed is None else sampling.seed, sample,
-            self._default if loras is None else self._lora_set(loras),
-            tuple(item for item in stop if isinstance(item, str)), self._stop_ids(stop), slot,
+            ids[:-1] if healing else ids, max_tokens, min_tokens, sampling,
+            self._seeds.getrandbits(64) if sampling.seed is None else sampling.seed, 0,
+            self._default if loras is None else self.limits.lora_set(loras), stop_strings,
+            stop_ids | {id for id in self.tokenizer.eos_ids if id < self.limits.vocab_size}, slot, logprobs,
+            prompt_logprobs, texts("banned_strings", banned_strings), healing,
+            self._words.texts[ids[-1]] if healing else "", self._breakers(sampling), self._ignored(sampling), deadline,
         )  # fmt: skip
-        self._check_lengths(request)
+        self.limits.check(request, n)
         handle = Handle(self._serial)
         self._serial += 1
-        scanner = StopScanner(request.stop_strings)
-        job = Generation(handle, request, self.tokenizer.stream(), list(request.prompt), scanner)
-        self._jobs[handle] = job
-        self._scheduler.waiting.append(job)
+        self._jobs[handle] = [
+            Generation(handle, replace(request, sample=sample, prompt_logprobs=None if sample else prompt_logprobs),
+                       self.tokenizer.stream)
+            for sample in range(n)
+        ]  # fmt: skip
+        self._scheduler.waiting += self._jobs[handle]
         return handle
 
     def cancel(self, handle: Handle) -> bool:
-        """End a job now; `iterate` tells its last event. False if it has ended already."""
-        job = self._jobs.get(handle)
-        if job is not None:
-            self._end(job, job.cancel())
-        return job is not None
+        """End a job now, all its samples; `iterate` tells their last events. False if it has ended already."""
+        samples = tuple(self._jobs.get(handle, ()))
+        for sample in samples:
+            self._end(sample, sample.cancel())
+        return bool(samples)
 
     def iterate(self) -> list[Event]:
-        """One step, and what came of it: schedule, run, apply. A job that fails ends alone."""
+        """One step, and what came of it: schedule, run, apply. A job that fails ends alone.
+
+        Events of a sample come in order; see `Event` for what they tell and when.
+        """
+        self._expire()
         spans = self._scheduler.schedule()
         for job, error in self._scheduler.failed:
             self._end(job, job.end("error", error=error))
@@ -131,9 +153,14 @@ class Generator:
         return events
 
     def generate(
-        self, prompts: Sequence[str | Sequence[int]], *, loras: Sequence[Any] | None = None, **options: Any
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        loras: Sequence[Any] | None = None,
+        n: int = 1,
+        **options: Any,
     ) -> list[str]:
-        """The texts of several prompts, run together. Takes what `enqueue` takes.
+        """The texts of several prompts, the `n` of each one after another, run together. Takes what `enqueue` takes.
 
         loras: one set for all prompts, or a list of sets, one for each prompt. The first job that fails ends all:
         its error is raised. Events of other jobs are kept for the next `iterate`.
@@ -142,33 +169,31 @@ class Generator:
             raise UsageError("prompts must be a list; for one prompt give [prompt]")
         sets = _sets(loras, len(prompts))
         handles: list[Handle] = []
-        texts: dict[Handle, str] = {}
+        told: dict[tuple[Handle, int], str] = {}
         others: list[Event] = []
         try:
             for prompt, lora_set in zip(prompts, sets, strict=True):
-                handles.append(self.enqueue(prompt, loras=lora_set, **options))
+                handles.append(self.enqueue(prompt, loras=lora_set, n=n, **options))
             ours = set(handles)
-            while len(texts) < len(ours):
+            while len(told) < n * len(ours):
                 for event in self.iterate():
                     if event.handle not in ours:
                         others.append(event)
                     elif event.error is not None:
                         raise event.error
                     elif event.full_text is not None:
-                        texts[event.handle] = event.full_text
+                        told[event.handle, event.sample] = event.full_text
         finally:
             for handle in handles:
                 self.cancel(handle)
             self._events = others + [event for event in self._events if event.handle not in set(handles)]
-        return [texts[handle] for handle in handles]
+        return [told[handle, sample] for handle in handles for sample in range(n)]
 
     @torch.inference_mode()
     def _step(self, spans: Sequence[Span]) -> None:
         """Run and apply; if the batch fails, each job by itself, so that only the one at fault does."""
         try:
-            logits = self.model.forward(build_batch(spans, self.bank), self.cache, self.bank)
-            draws = [span.generation.draw for span in spans if span.complete]
-            tokens = iter(sample(logits, draws, self.tokenizer.vocab_size))
+            outcomes = self._run(spans)
         except Exception as error:
             if len(spans) == 1:
                 self._end(spans[0].generation, spans[0].generation.end("error", error=error))
@@ -176,78 +201,55 @@ class Generator:
                 for span in spans:
                     self._step([span])
             return
-        for span in spans:
+        for span, outcome in zip(spans, outcomes, strict=True):
+            span.generation.prompt_logprobs += outcome.prompt
             complete = span.complete
             self._scheduler.advance(span)
             if complete:
-                self._apply(span.generation, next(tokens))
+                self._apply(span.generation, outcome)
 
-    def _apply(self, job: Generation, choice: Choice | None) -> None:
-        if choice is None:
+    def _run(self, spans: Sequence[Span]) -> list[Outcome]:
+        logits = self.model.forward(build_batch(spans, self.bank), self.cache, self.bank)
+        return outcomes(logits, spans, self.tokenizer.vocab_size)
+
+    def _apply(self, sample: Generation, outcome: Outcome) -> None:
+        if outcome.choice is None:
             error = Refused("internal", "the model's logits are not numbers, or leave no token to choose")
-            self._end(job, job.end("error", error=error))
+            self._end(sample, sample.end("error", error=error))
             return
-        event = job.accept(choice.token)
-        if event.finished:
-            self._end(job, event)
-        else:
+        event = sample.accept(outcome.choice, outcome.logprobs)
+        if event is not None and event.finished:
+            self._end(sample, event)
+        elif event is not None:
             self._events.append(event)
 
-    def _end(self, job: Generation, event: Event) -> None:
-        del self._jobs[job.handle]
-        self._scheduler.remove(job)
+    def _end(self, sample: Generation, event: Event) -> None:
+        samples = self._jobs[sample.handle]
+        samples.remove(sample)
+        if not samples:
+            del self._jobs[sample.handle]
+        self._scheduler.remove(sample)
         self._events.append(event)
 
     def _need_idle(self, what: str) -> None:
         if self._jobs:
             raise GeneratorBusy(f"{what} when no job is queued or running; there are {len(self._jobs)}")
 
-    def _prompt(self, prompt: str | Sequence[int], add_bos: bool | None) -> tuple[int, ...]:
-        ids = tuple(self.tokenizer.encode(prompt, add_bos) if isinstance(prompt, str) else prompt)
-        if not ids:
-            raise Refused("no_prompt", "the prompt has no tokens")
-        self._check_ids("prompt", ids)
-        return ids
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for sample in [sample for samples in self._jobs.values() for sample in samples]:
+            if sample.request.deadline is not None and now > sample.request.deadline:
+                self._end(sample, sample.end("error", error=Refused("expired", "the deadline passed")))
 
-    def _stop_ids(self, stop: Sequence[str | int]) -> frozenset[int]:
-        if isinstance(stop, str) or "" in stop:
-            raise Refused("bad_field", "stop must be a list of token ids and of strings that are not empty")
-        ids = frozenset(item for item in stop if not isinstance(item, str))
-        self._check_ids("stop", ids)
-        return ids | {id for id in self.tokenizer.eos_ids if id < self.model.config.vocab_size}
+    def _breakers(self, sampling: SamplingParams) -> frozenset[int]:
+        if not sampling.dry_multiplier:
+            return frozenset()
+        return self._words.breakers if sampling.dry_breakers is None else frozenset(sampling.dry_breakers)
 
-    def _check_ids(self, field: str, ids: Sequence[int] | frozenset[int]) -> None:
-        limit = self.model.config.vocab_size
-        wrong = next((id for id in ids if type(id) is not int or not 0 <= id < limit), None)
-        if wrong is not None:
-            raise Refused("bad_field", f"{field}: {wrong!r} is not a token id from 0 to {limit - 1}")
-
-    def _check_lengths(self, request: Request) -> None:
-        if request.max_tokens < 1 or not 0 <= request.min_tokens <= request.max_tokens:
-            raise Refused("bad_field", "max_tokens must be at least 1 and min_tokens between 0 and max_tokens")
-        total = len(request.prompt) + request.max_tokens
-        if total > self.capacity:
-            raise Refused(
-                "too_large",
-                f"the prompt has {len(request.prompt)} tokens and max_tokens is {request.max_tokens}; together they "
-                f"may be at most {self.capacity}",
-            )
-        if request.slot is not None and not 0 <= request.slot < self.bank.slots:
-            raise UsageError(f"there is no slot {request.slot}; the bank has {self.bank.slots}")
-
-    def _lora_set(self, loras: Sequence[LoraUse]) -> tuple[tuple[Lora, float], ...]:
-        """(adapter, scale) sorted by name, all that can be known to be wrong refused."""
-        uses = [use if isinstance(use, tuple) else (use, 1.0) for use in loras]
-        uses.sort(key=lambda use: use[0].name)
-        names = [lora.name for lora, _ in uses]
-        if len(set(names)) < len(names):
-            raise AdapterError(f"a LoRA set names an adapter twice: {', '.join(names)}")
-        if not all(math.isfinite(scale) for _, scale in uses):
-            raise Refused("bad_adapter", f"the scales of {', '.join(names)} must be finite numbers")
-        rank = sum(lora.max_rank for lora, _ in uses)
-        if rank > self.bank.max_rank:
-            raise AdapterError(f"the ranks of {', '.join(names)} sum to {rank}; a slot holds {self.bank.max_rank}")
-        return tuple((lora, float(scale)) for lora, scale in uses)
+    def _ignored(self, sampling: SamplingParams) -> frozenset[int]:
+        if not sampling.xtc_probability:
+            return frozenset()
+        return self._words.line_ends if sampling.xtc_ignore is None else frozenset(sampling.xtc_ignore)
 
 
 def _sets(loras: Sequence[Any] | None, count: int) -> Sequence[Any]:

@@ -28,6 +28,13 @@ class Span:
         """True if nothing is left to compute before the next token."""
         return self.end == len(self.generation.token_ids)
 
+    @property
+    def wanted(self) -> range:
+        """The positions whose logits are needed: the last one for the next token, all for logprobs of the prompt."""
+        if self.generation.request.prompt_logprobs is not None:
+            return range(self.start, self.end)
+        return range(self.end - 1, self.end) if self.complete else range(0)
+
 
 class Scheduler:
     """The queue and the batch. A job starts when it has a place in the batch, its slot, and all its pages."""
@@ -57,10 +64,12 @@ class Scheduler:
         """The span's K/V is in the cache: publish the pages that it filled."""
         each = span.generation
         each.computed = span.end
-        if span.start // PAGE < span.end // PAGE:
-            keys = chain(each.request.salt, each.token_ids[: span.end])
-            for index in range(span.start // PAGE, len(keys)):
+        full = min(span.end, each.settled) // PAGE
+        if full > each.published:
+            keys = chain(each.request.salt, each.token_ids[: full * PAGE])
+            for index in range(each.published, full):
                 self.table.publish(each.pages[index], keys[index])
+            each.published = full
 
     def remove(self, each: Generation) -> None:
         """Forget a job and free its pages and slot."""
@@ -73,18 +82,22 @@ class Scheduler:
     def _admit(self) -> None:
         """Start what can start, first come first served, except that jobs may pass one that cannot start yet.
 
-        A job passed MAX_SKIPS times is not passed any more: waiting for a slot, by none that needs a new slot; waiting
-        for pages, by none at all.
+        A job that waits for what another is computing is passed without counting. A job passed MAX_SKIPS times is not
+        passed any more: waiting for a slot, by none that needs a new slot; waiting for pages, by none at all.
         """
         passed: list[Generation] = []
+        coming = self._coming()
         slot_waiter = page_waiter = None  # the first of each kind; none behind it was passed more often
         for each in tuple(self.waiting):
             if len(self.running) >= self.max_batch or (page_waiter and page_waiter.skips >= MAX_SKIPS):
                 break
+            if self._awaits(each, coming):
+                continue
             seated = self._seat(each, new_slots=not (slot_waiter and slot_waiter.skips >= MAX_SKIPS))
             if seated and self._reserve(each):
                 self.waiting.remove(each)
                 self.running.append(each)
+                coming.update(each.request.prefix_keys[each.published :])
                 for earlier in passed:
                     earlier.skips += 1
                 continue
@@ -93,6 +106,23 @@ class Scheduler:
                 page_waiter = page_waiter or each
             else:
                 slot_waiter = slot_waiter or each
+
+    def _coming(self) -> set[bytes]:
+        """Keys of the prompts' pages that are being computed."""
+        return {
+            key
+            for each in self.running
+            if each.computed < len(each.request.prompt)
+            for key in each.request.prefix_keys[each.published :]
+        }
+
+    def _awaits(self, each: Generation, coming: set[bytes]) -> bool:
+        """True if the next page that a job would compute is being computed for another: it will find it known.
+
+        So samples of a prompt, and prompts that begin alike, are computed once. The other job is running, so it ends.
+        """
+        missing = (key for key in each.request.prefix_keys if not self.table.knows(key)) if coming else iter(())
+        return next(missing, None) in coming
 
     def _seat(self, each: Generation, new_slots: bool) -> bool:
         """Pin the slot that holds the job's combination, filling one if need be and allowed."""
@@ -116,9 +146,9 @@ class Scheduler:
     def _reserve(self, each: Generation) -> bool:
         """Give the job its pages: with max_tokens more there is never too little memory later."""
         request = each.request
-        count = -(-(len(request.prompt) + request.max_tokens) // PAGE)
+        count = -(-(request.prompt_tokens + request.max_tokens) // PAGE)
         reservation = self.table.reserve(count, request.prefix_keys)
         if reservation is None:
             return False
-        each.pages, each.computed = reservation.pages, reservation.reused * PAGE
+        each.pages, each.computed, each.published = reservation.pages, reservation.reused * PAGE, reservation.reused
         return True

@@ -25,7 +25,7 @@ class StopScanner:
         if found:
             end, self.match = min(found, key=lambda match: match[0])
             return text[: end - len(self.match)]
-        held = max((_overlap(text, string) for string in self._strings), default=0)
+        held = max((overlap(text, string) for string in self._strings), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 
@@ -35,7 +35,7 @@ class StopScanner:
         return text
 
 
-def _overlap(text: str, string: str) -> int:
+def overlap(text: str, string: str) -> int:
     """Length of the longest end of `text` that begins `string` without being all of it."""
     for length in range(min(len(text), len(string) - 1), 0, -1):
         if text.endswith(string[:length]):
