@@ -55,7 +55,9 @@ def _number(value: Any) -> bool:
 
 
 TEXT = Kind("text", str, _clean, str)
-WHOLE = Kind("a whole number", _whole, lambda value: type(value) is int, int)
+WHOLE = Kind(
+    "a whole number of 64 bits", _whole, lambda value: type(value) is int and -(1 << 63) <= value < 1 << 64, int
+)
 NUMBER = Kind("a number", _decimal, _number, float)
 FLAG = Kind("0 or 1", _flag, lambda value: type(value) in (bool, int) and value in (0, 1), bool)
 LIST = Kind("a JSON list", json.loads, lambda value: isinstance(value, list), list)

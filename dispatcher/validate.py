@@ -165,7 +165,7 @@ def _messages(value: list[Any]) -> tuple[dict[str, str], ...]:
 
 
 def _tokens(value: list[Any]) -> tuple[int, ...]:
-    if not value or not all(type(token) is int and token >= 0 for token in value):
+    if not value or not all(type(token) is int and 0 <= token < 1 << 32 for token in value):
         raise Refused("bad_field", "tokens must be a list of at least one token id")
     return tuple(value)
 
@@ -174,7 +174,7 @@ def _stop(value: list[Any]) -> tuple[str | int, ...]:
     if len(value) > MAX_STOPS:
         raise Refused("bad_field", f"stop has at most {MAX_STOPS} entries, not {len(value)}")
     for item in value:
-        if not (type(item) is int and item >= 0) and not (isinstance(item, str) and item):
+        if not (type(item) is int and 0 <= item < 1 << 32) and not (isinstance(item, str) and item):
             raise Refused(
                 "bad_field", f"stop must be a list of texts that are not empty and token ids, not {item!r:.80}"
             )

@@ -30,10 +30,17 @@ REFUSALS = {
 """Every code of an `error` event, with its meaning."""
 
 
+MAX_MESSAGE = 1000
+
+
 class LorayardError(Exception):
-    """Base of all our errors; `str(error)` is a sentence for a person."""
+    """Base of all our errors; `str(error)` is a sentence for a person, one line whatever a hostile file put into it."""
 
     exit_status = 1
+
+    def __init__(self, message: str) -> None:
+        line = message.replace("\n", " ")
+        super().__init__(line if len(line) <= MAX_MESSAGE else line[: MAX_MESSAGE - 3] + "...")
 
 
 class Refused(LorayardError):

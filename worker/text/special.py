@@ -21,7 +21,8 @@ from ..files import JsonFile
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """The names that every template sees, in the order in which missing ones are added to the vocabulary."""
 FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
-MAX_TOKENS = 1 << 20
+MAX_TOKENS = 1 << 22
+"""Far more than any vocabulary has; the library spends memory on ids that have no token."""
 
 
 @dataclass(slots=True)
@@ -97,8 +98,7 @@ def _take_older(tokens: SpecialTokens, folder: Path) -> None:
     where, tokens.older = folder / "added_tokens.json", True
     special = {token.content for token in (*tokens.named.values(), *tokens.extra)}
     for text, id in read_json(where).items():
-        token = AddedToken(text, special=text in special, normalized=text not in special)
-        tokens.added[_id(id, where)] = token
+        tokens.added[_id(id, where)] = _token(text, where, text in special)
 
 
 def read_json(file: Path) -> dict[str, Any]:

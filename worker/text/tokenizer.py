@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Vocabulary
+from tokenizers.decoders import ByteLevel
 
 from lorayard.shared.errors import ModelError, Refused
 
@@ -15,7 +15,7 @@ from .special import is_text, read_json, read_special
 from .stream import ByteStream, TextStream, TokenBytes, WindowStream
 from .template import ChatTemplate
 from .template_files import choose, read_templates
-from .vocabulary import read_vocabulary
+from .vocabulary import as_error, read_vocabulary
 
 
 class Tokenizer:
@@ -36,8 +36,7 @@ class Tokenizer:
         self.eos_ids = eos_ids
         ids = vocabulary.get_vocab(with_added_tokens=True).values()
         self.vocab_size = 1 + max(ids)
-        decoder = json.loads(vocabulary.to_str())["decoder"] or {}
-        self._token_bytes = TokenBytes(vocabulary) if decoder.get("type") == "ByteLevel" else None
+        self._token_bytes = TokenBytes(vocabulary) if isinstance(vocabulary.decoder, ByteLevel) else None
 
     @classmethod
     def from_directory(cls, path: str | Path) -> Tokenizer:
@@ -127,6 +126,6 @@ def _ids(vocabulary: Vocabulary, token: str | None, configured: Sequence[Any]) -
     for value in configured:
         for item in value if isinstance(value, list) else [value]:
             if item is not None and type(item) is not int:
-                raise ModelError(f"the config names {item!r} as the id of a special token; a whole number is expected")
+                raise ModelError(f"the config names {str(item)[:60]!r} as the id of a special token; a whole number is expected")
             ids += [] if item is None else [item]
     return ids
