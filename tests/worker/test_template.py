@@ -123,10 +123,10 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_is_refused_at_once(name: str) -> None:
     """Rendered in this process, without the child that a folder's template meets first."""
-    before, start = peak_kib(), time.monotonic()
+    before, start = peak_kib(), time.process_time()
     with pytest.raises((ModelError, Refused)):
         ChatTemplate(HOSTILE[name], TOKENS).render(HI)
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
     assert peak_kib() - before < 200_000
 
 

@@ -222,9 +222,9 @@ def test_a_piece_model_equals_sentencepiece(tmp_path: Path, family: str) -> None
 def test_much_of_one_letter_is_fast(tmp_path_factory: pytest.TempPathFactory, family: str, letter: str) -> None:
     folder = tmp_path_factory.getbasetemp() / family.replace(" ", "-")
     tokenizer = Tokenizer.from_directory(write(folder, family))
-    start = time.monotonic()
+    start = time.process_time()
     ids = tokenizer.encode(letter * 100_000)
-    assert time.monotonic() - start < 2 and tokenizer.decode(ids).strip(" ") == letter.strip(" ") * 100_000
+    assert time.process_time() - start < 2 and tokenizer.decode(ids).strip(" ") == letter.strip(" ") * 100_000
 
 
 def test_clean_up_is_refused_where_it_would_change_text(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from tokenizers.decoders import ByteLevel
 
 from lorayard.shared.errors import ModelError, Refused
 
-from .special import is_text, read_json, read_special
+from .special import MAX_TOKENS, is_text, read_json, read_special
 from .stream import ByteStream, TextStream, TokenBytes, WindowStream
 from .template import ChatTemplate
 from .template_files import choose, read_templates
@@ -76,7 +76,8 @@ class Tokenizer:
         """
         for text in texts:
             _check_text(text)
-        encodings = self._vocabulary.encode_batch_fast(list(texts), add_special_tokens=add_bos is None)
+        with as_error(lambda reason: Refused("bad_field", f"the model's tokenizer cannot encode the text: {reason}")):
+            encodings = self._vocabulary.encode_batch_fast(list(texts), add_special_tokens=add_bos is None)
         longest = max((len(encoding) for encoding in encodings), default=0)
         if most is not None and longest > most:
             raise Refused("too_large", f"the prompt has {longest} tokens; a job has room for {most}")
@@ -125,7 +126,9 @@ def _ids(vocabulary: Vocabulary, token: str | None, configured: Sequence[Any]) -
     ids = [] if named is None else [named]
     for value in configured:
         for item in value if isinstance(value, list) else [value]:
-            if item is not None and type(item) is not int:
-                raise ModelError(f"the config names {str(item)[:60]!r} as the id of a special token; a whole number is expected")
+            if item is not None and (type(item) is not int or not 0 <= item < MAX_TOKENS):
+                raise ModelError(
+                    f"the config names {str(item)[:60]!r} as the id of a special token; a whole number is expected"
+                )
             ids += [] if item is None else [item]
     return ids
