@@ -76,6 +76,8 @@ class Engine:
                 handle=handle,
                 text="x",
                 token_ids=[1],
+                sample=0,
+                logprobs=(),
                 finished=True,
                 finish="length",
                 stop_match=None,

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorayard.shared.scripts import Message, News, Scripts
+from lorayard.shared.scripts import Lease, Message, News, Scripts
 
 
 @dataclass
@@ -34,10 +34,15 @@ class Outbox:
 
         A final event needs no such care, since a second one is refused by its script.
         """
-        newest = {}
         for lease in {message.lease for message in self.messages if not message.status}:
             entries: Any = self.scripts.redis.xrevrange(self.scripts.keys.out(lease.id), count=1)
             fields = entries[0][1] if entries else {}
             if fields.get(b"ev") == b"tok" and int(fields[b"attempt"]) == lease.attempt:
-                newest[lease] = int(fields[b"at"])
-        self.messages = [m for m in self.messages if m.status or int(m.event["at"]) > newest.get(m.lease, -1)]
+                self._forget(lease, (int(fields[b"sample"]), int(fields[b"at"])))
+
+    def _forget(self, lease: Lease, newest: tuple[int, int]) -> None:
+        """Drop the lease's `tok` events up to the one with this (sample, at), if it is among them."""
+        ours = [message for message in self.messages if message.lease == lease and not message.status]
+        places = [(int(message.event["sample"]), int(message.event["at"])) for message in ours]
+        delivered = ours[: places.index(newest) + 1] if newest in places else []
+        self.messages = [message for message in self.messages if not any(message is each for each in delivered)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +19,20 @@ EVENT_S = 0.05
 
 
 @dataclass(slots=True, eq=False)
+class Told:
+    """What the engine has said of one sample: its events' ids and logprobs, and text not yet sent."""
+
+    text: str = ""
+    at: int = 0
+    """Index of the text's first token."""
+    sent: float = 0.0
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[Any] = field(default_factory=list)
+    last: Any = None
+    """The engine's last event of the sample."""
+
+
+@dataclass(slots=True, eq=False)
 class Running:
     """A claimed job."""
 
@@ -27,46 +43,78 @@ class Running:
     handle: Any = None
     """The engine's, once the job has been handed to it."""
     claimed: float = field(default_factory=time.monotonic)
-    tokens: int = 0
     first: float | None = None
     """When its first token came."""
-    _text: str = ""
-    _at: int = 0
-    _sent: float = 0.0
+    _samples: dict[int, Told] = field(default_factory=dict)
 
-    def add(self, text: str, tokens: int, now: float) -> None:
-        """Take what the engine has made of the job in a step."""
-        if tokens and self.first is None:
+    @property
+    def ended(self) -> bool:
+        """Whether every sample has had its last event."""
+        return sum(told.last is not None for told in self._samples.values()) == self.job.n
+
+    def add(self, event: Any, now: float) -> None:
+        """Take what the engine has made of a sample in a step."""
+        if event.token_ids and self.first is None:
             self.first = now
-        self.tokens += tokens
-        self._text += text
+        told = self._samples.setdefault(event.sample, Told())
+        told.text += event.text
+        told.ids += event.token_ids
+        told.logprobs += event.logprobs
+        if event.finished:
+            told.last = event
 
-    def due(self, now: float) -> bool:
-        """Whether the text that is held should go out now."""
-        enough = self.tokens - self._at >= EVENT_TOKENS or now - self._sent >= EVENT_S
-        return self.job.stream and bool(self._text) and enough
+    def due(self, sample: int, now: float) -> bool:
+        """Whether the text that is held of a sample should go out now."""
+        told = self._samples[sample]
+        enough = len(told.ids) - told.at >= EVENT_TOKENS or now - told.sent >= EVENT_S
+        return self.job.stream and bool(told.text) and enough
 
-    def cut(self, now: float) -> Message:
-        """The text held so far as a `tok` event."""
+    def cut(self, sample: int, now: float) -> Message:
+        """The text of a sample held so far as a `tok` event."""
+        told = self._samples[sample]
         event: dict[str, Value] = {
-            "ev": "tok", "text": self._text, "sample": 0, "attempt": self.lease.attempt, "at": self._at,
+            "ev": "tok", "text": told.text, "sample": sample, "attempt": self.lease.attempt, "at": told.at,
         }  # fmt: skip
-        self._text, self._at, self._sent = "", self.tokens, now
+        told.text, told.at, told.sent = "", len(told.ids), now
         return Message(self.lease, event)
 
-    def done(self, event: Any, gpu: str, base_digest: str, now: float) -> list[Message]:
-        """The last text and the `done` event, from the engine's last event of the job."""
-        waited = self.lease.waited_ms
+    def done(self, gpu: str, base_digest: str, now: float) -> list[Message]:
+        """The last text and the `done` event of a job that has ended."""
+        waited, samples = self.lease.waited_ms, [self._samples[sample] for sample in range(self.job.n)]
         fields: dict[str, Value] = {
-            "ev": "done", "text": event.full_text, "finish": event.finish, "stop_match": _text(event.stop_match),
-            "prompt_tokens": event.prompt_tokens, "new_tokens": event.new_tokens, "seed": self.job.sampling.seed or 0,
+            "ev": "done", **self._answer(samples), "prompt_tokens": samples[0].last.prompt_tokens,
+            "new_tokens": sum(told.last.new_tokens for told in samples), "seed": self.job.sampling.seed or 0,
             "adapter": str(self.job.lora), "adapter_digest": "+".join(self.job.digests), "base_digest": base_digest,
             "gpu": gpu, "attempt": self.lease.attempt, "t_queue_ms": waited,
             "t_first_ms": waited + _ms((self.first or now) - self.claimed),
-            "t_total_ms": waited + _ms(now - self.claimed),
+            "t_total_ms": waited + _ms(now - self.claimed), **self._asked(samples),
         }  # fmt: skip
-        rest = [self.cut(now)] if self.job.stream and self._text else []
-        return [*rest, Message(self.lease, fields, "finished")]
+        rest = [sample for sample, told in enumerate(samples) if self.job.stream and told.text]
+        return [*(self.cut(sample, now) for sample in rest), Message(self.lease, fields, "finished")]
+
+    def _answer(self, samples: list[Told]) -> dict[str, Value]:
+        """What was said and why it ended: of one sample as it is, of several in JSON lists."""
+        if len(samples) == 1:
+            last = samples[0].last
+            return {"text": last.full_text, "finish": last.finish, "stop_match": _text(last.stop_match)}
+        lasts = [told.last for told in samples]
+        return {
+            "texts": _json([last.full_text for last in lasts]), "finishes": _json([last.finish for last in lasts]),
+            "stop_matches": _json([_text(last.stop_match) for last in lasts]),
+        }  # fmt: skip
+
+    def _asked(self, samples: list[Told]) -> dict[str, Value]:
+        """Token ids and logprobs, if asked for; of several samples in a list of lists."""
+        fields: dict[str, Value] = {}
+        if self.job.return_token_ids:
+            ids = [told.ids for told in samples]
+            fields["token_ids"] = _json(ids if self.job.n > 1 else ids[0])
+        if self.job.logprobs is not None:
+            logprobs = [_plain(told.logprobs) for told in samples]
+            fields["logprobs"] = _json(logprobs if self.job.n > 1 else logprobs[0])
+        if self.job.prompt_logprobs is not None:
+            fields["prompt_logprobs"] = _json(_plain(samples[0].last.prompt_logprobs))
+        return fields
 
     def refused(self, code: str, message: str) -> Message:
         """The final event of a job that cannot go on."""
@@ -81,6 +129,18 @@ class Running:
 
 def _ms(seconds: float) -> int:
     return round(seconds * 1000)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _plain(logprobs: Iterable[Any]) -> list[dict[str, Any]]:
+    """As the wire has it, with six decimals."""
+    return [
+        {"id": each.id, "logprob": round(each.logprob, 6), "top": [[id, round(value, 6)] for id, value in each.top]}
+        for each in logprobs
+    ]
 
 
 def _text(stop_match: str | int | None) -> Value:

@@ -44,7 +44,8 @@ class Engine(Protocol):
     def busy(self) -> bool: ...
     def enqueue(
         self, prompt: Sequence[int], *, max_tokens: int, min_tokens: int, sampling: SamplingParams,
-        loras: Sequence[Any], stop: Sequence[str | int], slot: int | None,
+        loras: Sequence[Any], stop: Sequence[str | int], slot: int | None, n: int, logprobs: int | None,
+        prompt_logprobs: int | None, token_healing: bool, banned_strings: Sequence[str],
     ) -> Any: ...  # fmt: skip
     def cancel(self, handle: Any) -> object: ...
     def iterate(self) -> Sequence[Any]: ...
@@ -207,7 +208,8 @@ class GpuWorker(BaseWorker):
         job, ready = running.job, running.prepared
         running.handle = self._engine.enqueue(
             ready.token_ids, max_tokens=ready.max_tokens, min_tokens=job.min_tokens, sampling=job.sampling,
-            loras=ready.loras, stop=job.stop, slot=running.lease.slot,
+            loras=ready.loras, stop=job.stop, slot=running.lease.slot, n=job.n, logprobs=job.logprobs,
+            prompt_logprobs=job.prompt_logprobs, token_healing=job.token_healing, banned_strings=job.banned_strings,
         )  # fmt: skip
         self._handles[running.handle] = running
 
@@ -228,19 +230,19 @@ class GpuWorker(BaseWorker):
             running = self._handles.get(event.handle)
             if running is None:
                 continue
-            running.add(event.text, len(event.token_ids), now)
+            running.add(event, now)
             self._tokens += len(event.token_ids)
             if event.finished:
                 self._finish(running, event, now)
-            elif running.due(now) and not self._retry_at:
-                self._outbox.messages.append(running.cut(now))
+            elif running.due(event.sample, now) and not self._retry_at:
+                self._outbox.messages.append(running.cut(event.sample, now))
 
     def _finish(self, running: Running, event: Any, now: float) -> None:
-        del self._handles[running.handle]
         if event.finish == "error":
             self._fail(running, event.error)
-        else:
-            self._end(running, running.done(event, self.gpu, self._base_digest, now))
+        elif running.ended:
+            del self._handles[running.handle]
+            self._end(running, running.done(self.gpu, self._base_digest, now))
 
     def _idle(self, news: News | None) -> None:
         """Wait for a job, by a blocking command that takes the head of the queue and puts it back."""

@@ -64,7 +64,7 @@ class FakeEngine:
             del self.jobs[handle]
         failed = token == self.poison
         return SimpleNamespace(
-            handle=handle, text=f"{token} ", token_ids=[token], finished=ended, stop_match=None,
+            handle=handle, text=f"{token} ", token_ids=[token], sample=0, logprobs=(), finished=ended, stop_match=None,
             finish="error" if failed else "length", error=RuntimeError("poison") if failed else None,
             full_text="".join(f"{t} " for t in self.said[handle]), prompt_tokens=len(self.said[handle]),
             new_tokens=len(self.said[handle]),
