@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from .adapters import Adapter, Bank
 from .batch import Batch, LoraRows
 from .config import ModelConfig
 from .layer import Layer, Step, layer_linears, layer_norms, read_norm
+from .loading import in_order
 from .placement import Devices, budgets, place
 from .rope import Rope
 
@@ -61,9 +63,10 @@ class Model:
     ) -> None:
         """Read the checkpoint onto `devices` (see placement.budgets), allocating `cache` beside the layers.
 
-        Everything is checked by the files' headers before memory is spent. progress(done, total) is called after each
-        of the total parts. A model of small linears on the CPU sets torch to one thread: its products are so short that
-        threads would only wait for each other, on a busy machine for many times as long as they compute.
+        Everything is checked by the files' headers before memory is spent. Several layers are read at once;
+        progress(done, total) is called with bytes after each part, in their order. A model of small linears on the CPU
+        sets torch to one thread: its products are so short that threads would only wait for each other, on a busy
+        machine for many times as long as they compute.
 
         Raises ModelError, NotSupported or UsageError; a model that failed to load holds nothing.
         """
@@ -92,17 +95,17 @@ class Model:
     def _read(
         self, tensors: Tensors, placed: list[torch.device], cache: Cache | None, progress: Callable[[int, int], None]
     ) -> None:
-        config = self.config
+        config, sizes = self.config, self._sizes(tensors, None)
         self.dtype = compute_dtype(tensors, placed)
         self.embedding = tensors.read(EMBEDDING).to(placed[0], self.dtype)
-        progress(1, len(placed))
-        for i, device in enumerate(placed[1:-1]):
-            layer = Layer(config, tensors, i, device, self.dtype)
+        progress(sizes[0], sum(sizes))
+        tasks = [partial(Layer, config, tensors, i, device, self.dtype) for i, device in enumerate(placed[1:-1])]
+        for i, layer in enumerate(in_order(tasks)):
             if cache is not None:
-                cache.allocate(i, device)
+                cache.allocate(i, layer.device)
             self.layers.append(layer)
             self.linears |= {module.name: module for module in layer.linears.values()}
-            progress(i + 2, len(placed))
+            progress(sum(sizes[: i + 2]), sum(sizes))
         self.norm = read_norm(config, tensors, NORM, placed[-1], self.dtype)
         if has_head(config, tensors):
             self.head = formats.read(tensors, head_shape(config), config.quantisation, placed[-1], self.dtype)
@@ -110,7 +113,7 @@ class Model:
             self.head = Linear(head_shape(config), self.embedding.to(placed[-1]), None)
         frequencies = {rope: rope.frequencies(config.head_dim) for rope in set(config.ropes)}
         self.rope = {device: {rope: f.to(device) for rope, f in frequencies.items()} for device in set(placed)}
-        progress(len(placed), len(placed))
+        progress(sum(sizes), sum(sizes))
 
     def forward(self, batch: Batch, cache: Cache, bank: Bank | None = None) -> Tensor:
         """Logits, float32 [L, vocab] on the head's device, of the tokens batch.logit_rows.
