@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import csv
+import itertools
 import json
 import random
+import sqlite3
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import IO, Any
 
-from lorayard.shared.errors import UsageError
+from lorayard.shared.errors import FileError, UsageError
 
 from . import openai
 from .folder import Folder
 from .ledger import DONE, FAILED
-from .shards import VARYING, Shards
+from .shards import VARYING, write_parquet
 
 KINDS = ("jsonl", "csv", "parquet", "openai")
 
@@ -61,62 +66,72 @@ def _compare(name: str, rows: int, found: list[str], listed: set[str]) -> Iterat
         yield f"shard {name} holds {len(set(found) ^ listed)} row keys that are not those of the ledger"
 
 
-def export(folder: Folder, kind: str, path: Path, order: str) -> int:
-    """Write all texts into one file that appears whole; -> rows. order: `input`, or `canonical`: by row key, without
-    the columns that another run may fill otherwise."""
-    if kind not in KINDS:
-        raise UsageError(f"--to must be one of {', '.join(KINDS)}, not {kind!r}")
-    rows = _canonical(folder) if order == "canonical" else _by_position(folder)
+def export(folder: Folder, kind: str, path: Path, canonical: bool) -> int:
+    """Write all texts into one file that appears whole; -> its rows.
+
+    In the order of the input, or canonical: by row key, without the columns that another run may fill otherwise.
+    Raises FileError, UsageError.
+    """
+    if kind == "openai" and not {"custom_id", "url"} <= folder.types.keys():
+        raise UsageError("--to openai is for a corpus whose input is an OpenAI batch file")
     temporary = path.with_name(f".{path.name}.tmp")
-    if kind == "parquet":
-        place = Shards(path.parent, "parquet", folder.types)
-        place.columns = {name: form for name, form in place.columns.items() if order == "input" or name not in VARYING}
-        held = list(rows)
-        place._fill(temporary, held)
-        count = len(held)
-    else:
-        with temporary.open("w", newline="") as file:
-            count = _write(kind, folder, rows, file)
-    temporary.rename(path)
+    varying = VARYING if canonical else ()
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            rows = _sorted(folder, Path(scratch) / "rows", canonical)
+            kept = ({name: value for name, value in row.items() if name not in varying} for row in rows)
+            if kind == "parquet":
+                columns = {name: form for name, form in folder.accepted.columns.items() if name not in varying}
+                count = write_parquet(temporary, columns, kept)
+            else:
+                with temporary.open("w", newline="") as file:
+                    count = (_csv if kind == "csv" else _lines)(folder, kind, kept, file)
+        temporary.rename(path)
+    except (OSError, sqlite3.Error) as error:
+        temporary.unlink(missing_ok=True)
+        raise FileError(f"{path} cannot be written: {error}") from None
     return count
 
 
-def _write(kind: str, folder: Folder, rows: Iterable[Mapping[str, Any]], file: IO[str]) -> int:
-    count = 0
-    if kind == "csv":
-        import csv
+def _sorted(folder: Folder, scratch: Path, canonical: bool) -> Iterator[dict[str, Any]]:
+    """All rows in order, sorted by SQLite in a scratch file: a corpus may be larger than memory."""
+    with closing(sqlite3.connect(scratch, isolation_level=None)) as db:
+        db.execute("PRAGMA journal_mode=OFF")
+        db.execute("CREATE TABLE place (key TEXT PRIMARY KEY, position INTEGER) WITHOUT ROWID")
+        db.execute("CREATE TABLE text (place PRIMARY KEY, body TEXT NOT NULL) WITHOUT ROWID")
+        db.execute("BEGIN")
+        if not canonical:
+            found = ((text.key, text.position) for text in folder.ledger.all() if text.state == DONE)
+            db.executemany("INSERT INTO place VALUES (?, ?)", found)
+        where = "?1" if canonical else "(SELECT position FROM place WHERE key = ?1)"
+        rows = ((row["row_key"], json.dumps(row)) for row in texts(folder))
+        db.executemany(f"INSERT INTO text VALUES ({where}, ?2)", rows)
+        for (body,) in db.execute("SELECT body FROM text ORDER BY place"):
+            yield json.loads(body)
 
-        writer: csv.DictWriter[str] | None = None
-        for row in rows:
-            if writer is None:
-                writer = csv.DictWriter(file, row)
-                writer.writeheader()
-            writer.writerow(row)
-            count += 1
-        return count
+
+def _csv(folder: Folder, kind: str, rows: Iterable[Mapping[str, Any]], file: IO[str]) -> int:
+    writer: csv.DictWriter[str] | None = None
+    count = 0
     for row in rows:
-        if kind == "openai":
-            if "custom_id" not in row or "url" not in row:
-                raise UsageError("--to openai is for a corpus whose input is an OpenAI batch file")
-            row = openai.answer(row, row["url"])
+        if writer is None:
+            writer = csv.DictWriter(file, row)
+            writer.writeheader()
+        writer.writerow(row)
+        count += 1
+    return count
+
+
+def _lines(folder: Folder, kind: str, rows: Iterable[Mapping[str, Any]], file: IO[str]) -> int:
+    """JSON lines; OpenAI's have the failed texts, too."""
+    is_openai = kind == "openai"
+    made: Iterable[Mapping[str, Any]] = (openai.answer(row, row["url"]) for row in rows) if is_openai else rows
+    failed = folder.ledger.failed() if is_openai else ()
+    count = 0
+    for row in itertools.chain(made, (openai.failure(one.key, one.name, one.code, one.reason) for one in failed)):
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
         count += 1
-    if kind == "openai":
-        for text in folder.ledger.failed():
-            file.write(json.dumps(openai.failure(text.key, text.name, text.code, text.reason)) + "\n")
-            count += 1
     return count
-
-
-def _by_position(folder: Folder) -> Iterator[dict[str, Any]]:
-    """Rows in the order of the input."""
-    where = {text.key: text.position for text in folder.ledger.all() if text.state == DONE}
-    yield from sorted(texts(folder), key=lambda row: where[row["row_key"]])
-
-
-def _canonical(folder: Folder) -> Iterator[dict[str, Any]]:
-    for row in sorted(texts(folder), key=lambda row: str(row["row_key"])):
-        yield {name: value for name, value in row.items() if name not in VARYING}
 
 
 def sample(folder: Folder, count: int, by_adapter: bool, seed: int) -> list[dict[str, Any]]:

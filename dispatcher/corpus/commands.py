@@ -254,7 +254,7 @@ def verify(folder: Path) -> int:
 def export(folder: Path, kind: str, out: Path, canonical: bool) -> None:
     """Write all texts into one file, in the order of the input."""
     opened = Folder.open(folder)
-    click.echo(f"{books.export(opened, kind, out, 'canonical' if canonical else 'input'):,} texts in {out}", err=True)
+    click.echo(f"{books.export(opened, kind, out, canonical):,} texts in {out}", err=True)
 
 
 @corpus.command(context_settings=HELP)

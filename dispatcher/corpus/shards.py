@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +17,9 @@ TEXT_COLUMNS = {
     "attempts": "int64", "gpu": "string", "t_queue_ms": "int64", "t_first_ms": "int64", "t_total_ms": "int64",
 }  # fmt: skip
 """What the yard adds to the input's columns; a column of the input with such a name becomes input_NAME."""
+
+GROUP = 10_000
+"""Rows of a row group."""
 
 VARYING = ("attempts", "gpu", "t_queue_ms", "t_first_ms", "t_total_ms")
 """Columns that another run of the same corpus may fill otherwise."""
@@ -84,16 +88,7 @@ class Shards:
             with path.open("w") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             return
-        import pyarrow
-        import pyarrow.parquet
-
-        kinds: dict[str, Callable[[], Any]] = {
-            "bool": pyarrow.bool_, "int64": pyarrow.int64, "uint64": pyarrow.uint64, "double": pyarrow.float64,
-            "string": pyarrow.string,
-        }  # fmt: skip
-        schema = pyarrow.schema([(name, kinds[kind]()) for name, kind in self.columns.items()])
-        arrays = [pyarrow.array([row.get(name) for row in rows], schema.field(name).type) for name in self.columns]
-        pyarrow.parquet.write_table(pyarrow.table(arrays, schema=schema), path, compression="zstd")
+        write_parquet(path, self.columns, rows)
 
     def read(self, name: str) -> Iterator[dict[str, Any]]:
         """The rows of a shard. Raises FileError."""
@@ -120,6 +115,25 @@ class Shards:
         for path in stray:
             path.unlink()
         return sorted(path.name for path in stray)
+
+
+def write_parquet(path: Path, columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) -> int:
+    """Write rows whose columns have types as `Shards.columns` gives them; -> how many."""
+    import pyarrow
+    import pyarrow.parquet
+
+    kinds: dict[str, Callable[[], Any]] = {
+        "bool": pyarrow.bool_, "int64": pyarrow.int64, "uint64": pyarrow.uint64, "double": pyarrow.float64,
+        "string": pyarrow.string,
+    }  # fmt: skip
+    schema = pyarrow.schema([(name, kinds[kind]()) for name, kind in columns.items()])
+    rows, count = iter(rows), 0
+    with pyarrow.parquet.ParquetWriter(path, schema, compression="zstd") as writer:
+        while some := list(itertools.islice(rows, GROUP)):
+            arrays = [pyarrow.array([row.get(name) for row in some], schema.field(name).type) for name in columns]
+            writer.write_table(pyarrow.table(arrays, schema=schema))
+            count += len(some)
+    return count
 
 
 def _sync(path: Path) -> None:

@@ -132,16 +132,17 @@ def test_wherever_it_dies_each_text_is_there_once(
 def test_a_killed_client_goes_on(yard: LiveYard, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", many(400))
     words = [sys.executable, "-m", "lorayard.shared.cli", "corpus", "run", str(source), "-o", str(tmp_path / "out"),
-             "--id-column", "id", "--shard-rows", "20", "--window", "50"]  # fmt: skip
+             "--id-column", "id", "--shard-rows", "20", "--window", "50", "--json"]  # fmt: skip
     env = os.environ | {"LORAYARD_REDIS_URL": yard.server.url}
     for kill in (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM):
-        child = subprocess.Popen(words, env=env, stderr=subprocess.PIPE)
+        child = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        assert child.stdout and child.stdout.readline(), "it says how it goes"
         before = len(yard.ran)
         yard.until(lambda before=before, child=child: len(yard.ran) > before + 40 or child.poll() is not None)  # type: ignore[misc]
         child.send_signal(kill)
         status = child.wait()
         assert status == (-9 if kill == signal.SIGKILL else 6) or status == 0
-        child.stderr.close()
+        child.stdout.close()
     assert subprocess.run(words, env=env, capture_output=True).returncode == 0
     whole(tmp_path / "out", 400)
 
