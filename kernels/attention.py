@@ -1,4 +1,4 @@
-"""Causal attention over a paged cache, and the writing of its pages."""
+"""Causal attention over a paged cache."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .pool import Pool
+
 TILE = 4
 """Queries of one sequence that attend together."""
-LIMIT = 65504.0
-"""The largest number of fp16."""
 LOWEST = -1e38
 """Below every score, and finite: a query may see nothing of its tile's first block."""
 
@@ -43,14 +43,14 @@ class Tiles:
         later = keys > positions
         return later | (keys <= positions - self.window) if self.window else later
 
-    def read(self, pool: Tensor, i: int) -> Tensor:
-        """float32 [n * kv_heads, block, D] of pool [pages, kv_heads, page, D]: the tiles' i-th blocks."""
-        _, heads, page, dim = pool.shape
+    def read(self, pool: Pool, i: int) -> Tensor:
+        """float32 [n * kv_heads, block, D]: i-th blocks of the tiles that have one."""
+        _, heads, page, _ = pool.shape
         n, parts = self.active[i], page // self.block
         block = self.first[:n, None] + i
-        heads_of_page = self.pages[:n].gather(1, block // parts) * heads + torch.arange(heads, device=pool.device)
-        index = (heads_of_page * parts + block % parts).flatten()
-        return pool.view(-1, self.block, dim).index_select(0, index).float()
+        pages = self.pages[:n].gather(1, block // parts)
+        heads_of_page = pages * heads + torch.arange(heads, device=pages.device)
+        return pool.read((heads_of_page * parts + block % parts).flatten(), self.block)
 
 
 def tile(
@@ -87,18 +87,8 @@ def tile(
     )
 
 
-def write(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, pages: Tensor, offsets: Tensor) -> None:
-    """Put k, v [T, kv_heads, D] at (page, offset) int64 [T] of the pools [pages, kv_heads, page, D].
-
-    Values are made finite and kept in fp16's range: a masked key has weight 0, and 0 * inf would leak out of a page
-    into the job that uses it next.
-    """
-    for new, pool in ((k, k_pool), (v, v_pool)):
-        pool[pages, :, offsets] = new.to(pool.dtype).nan_to_num(0.0).clamp_(-LIMIT, LIMIT)
-
-
-def attend(q: Tensor, k_pool: Tensor, v_pool: Tensor, tiles: Tiles, scale: float, cap: float = 0.0) -> Tensor:
-    """q [T, heads, D] and the pools of `write` -> softmax(f(q kᵀ * scale)) v, [T, heads, D] in q's dtype.
+def attend(q: Tensor, k_pool: Pool, v_pool: Pool, tiles: Tiles, scale: float, cap: float = 0.0) -> Tensor:
+    """q [T, heads, D], pools of the keys k and values v -> softmax(f(q kᵀ * scale)) v, [T, heads, D] in q's dtype.
 
     A query sees the keys at its position and before, within the tiles' window. f(x) is cap * tanh(x / cap) (Gemma 2,
     Rivière 2024), or x for a cap of 0. Computed in float32, block by block in order with a running maximum (Milakov

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorayard.kernels.attention import Tiles, attend, tile, write
+from lorayard.kernels.attention import Tiles, attend, tile
+from lorayard.kernels.pool import Pool
 from lorayard.kernels.rms_norm import rms_norm
 from lorayard.kernels.rope import rope
 
@@ -112,7 +113,7 @@ class Layer:
             for place, (name, _) in layer_norms(config, index).items()
         }
 
-    def forward(self, h: Tensor, step: Step, k_pool: Tensor, v_pool: Tensor) -> Tensor:
+    def forward(self, h: Tensor, step: Step, k_pool: Pool, v_pool: Pool) -> Tensor:
         """h [T, hidden] -> h [T, hidden]; writes the tokens' K and V, then attends."""
         out = self._attention(self._norm("attention_in", h, self.dtype), step, k_pool, v_pool)
         h = h + self._norm("attention_out", out, h.dtype)
@@ -123,7 +124,7 @@ class Layer:
         weight = self.norms.get(place)
         return x if weight is None else rms_norm(x, weight, self.config.norm_eps, dtype)
 
-    def _attention(self, x: Tensor, step: Step, k_pool: Tensor, v_pool: Tensor) -> Tensor:
+    def _attention(self, x: Tensor, step: Step, k_pool: Pool, v_pool: Pool) -> Tensor:
         q, k, v = (
             step.project(self.linears[last], x).view(len(x), -1, self.config.head_dim)
             for last in ("q_proj", "k_proj", "v_proj")
@@ -131,7 +132,8 @@ class Layer:
         q, k = (
             rope(self._norm(place, heads, self.dtype), *step.turns[self.rope]) for place, heads in (("q", q), ("k", k))
         )
-        write(k, v, k_pool, v_pool, step.pages, step.offsets)
+        k_pool.write(k, step.pages, step.offsets)
+        v_pool.write(v, step.pages, step.offsets)
         tiles = step.tiles[self.window]
         out = attend(q, k_pool, v_pool, tiles, self.config.query_scale, self.config.attention_cap)
         return step.project(self.linears["o_proj"], out.flatten(1))
