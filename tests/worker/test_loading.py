@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 
 from lorayard.shared.errors import ModelError
 from lorayard.worker.linear.tensors import Tensors
-from lorayard.worker.models.loading import in_order
+from lorayard.worker.models.loading import LINE_S, Pace, in_order
 
 
 def test_results_come_in_order_and_threads_are_bounded() -> None:
@@ -71,3 +72,16 @@ def test_a_file_that_shrinks_after_its_header_was_read(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(ModelError, match="a cannot be read: No such file"):
         tensors.read("a")
+
+
+def test_the_pace_is_said_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, said = [100.0], list[str]()
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    pace = Pace(said.append)
+    for seconds, done in ((1, 1), (LINE_S + 1, 2), (LINE_S + 2, 3), (2 * LINE_S, 4)):
+        now[0] = 100.0 + seconds
+        pace(done * 10**9, 4 * 10**9)
+    assert said == ["2.00 of 4.00 GB, 0.33 GB/s", "4.00 of 4.00 GB, 0.40 GB/s"]
+    short = Pace(said.append)
+    short(4, 4)
+    assert len(said) == 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..cache.storage import Cache
 from ..lora.folders import scan
 from ..lora.peft import Lora
 from ..models.config import ModelConfig
+from ..models.loading import Pace
 from ..models.model import Model
 from ..models.placement import Devices
 from ..text.tokenizer import Tokenizer
@@ -63,7 +64,7 @@ def generate(
     ]
     model = Model(ModelConfig.from_directory(folder))
     cache = Cache(model)
-    model.load(cache, _devices(devices), _show_progress)
+    model.load(cache, _devices(devices), _progress())
     generator = Generator(model, cache, tokenizer)
     loras = _read_adapters(model, lora_set, [*roots, *([ADAPTERS] if demo else [])])
     limits = [max_tokens or max(1, min(DEFAULT_MAX_TOKENS, generator.capacity - len(ids))) for ids in encoded]
@@ -94,10 +95,15 @@ def _read_adapters(model: Model, lora_set: LoraSet, roots: Sequence[Path]) -> li
     return [(Lora.from_directory(model, found[name].path), scale) for name, scale in lora_set.adapters]
 
 
-def _show_progress(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        bar = "#" * (30 * done // total)
-        click.echo(f"\rloading [{bar:<30}]" if done < total else "\r\033[K", nl=False, err=True)
+def _progress() -> Callable[[int, int], None]:
+    """Shows how a load goes on stderr: a bar on a terminal, else now and then a line."""
+    pace = Pace(lambda words: click.echo(f"loading: {words}", err=True))
+
+    def draw(done: int, total: int) -> None:
+        bar = f"loading [{'#' * (30 * done // total):<30}] {pace.words(done, total)}" if done < total else ""
+        click.echo(f"\r\033[K{bar}", nl=False, err=True)
+
+    return draw if sys.stderr.isatty() else pace
 
 
 def _stream(generator: Generator, handles: Sequence[Any], prompts: Sequence[str]) -> None:

@@ -67,6 +67,7 @@ def run(spec: WorkerSpec, redis_url: str) -> None:
 
 def _serve(spec: WorkerSpec, worker: GpuWorker) -> None:
     from .. import Cache, Generator, Lora, Model, ModelConfig, Tokenizer
+    from ..models.loading import Pace
 
     path = Path(spec.model)
     tokenizer = Tokenizer.from_directory(path)
@@ -74,7 +75,8 @@ def _serve(spec: WorkerSpec, worker: GpuWorker) -> None:
     model = Model(config)
     on_cpu = spec.devices == "cpu"
     cache = Cache(model, spec.cache_tokens, dtype="fp32" if on_cpu else "fp16")
-    model.load(cache, devices=spec.devices if isinstance(spec.devices, str) else list(spec.devices))
+    pace = Pace(lambda words: log.info("loading %s: %s", path.name, words))
+    model.load(cache, spec.devices if isinstance(spec.devices, str) else list(spec.devices), pace)
     generator = Generator(model, cache, tokenizer, max_batch=spec.max_batch, slots=spec.slots)
     generator.warmup()
     digest = facts.base_digest(path)
