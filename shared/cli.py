@@ -20,13 +20,18 @@ COMMANDS = {
     "cancel": ("lorayard.dispatcher.commands:cancel", "End jobs that wait or run."),
     "info": ("lorayard.dispatcher.watch:info", "Show the yard: model, workers, slots, queues."),
     "top": ("lorayard.dispatcher.watch:top", "Watch the yard, refreshed every second."),
-    "adapters": ("lorayard.dispatcher.watch:adapters", "List the adapters that jobs may name."),
+    "adapters": ("lorayard.shared.cli:adapters", "List the adapters that jobs may name, or check an adapter's folder."),
     "corpus": ("lorayard.dispatcher.corpus.commands:corpus", "Generate a text for every row of a file, each once."),
     "dead": ("lorayard.dispatcher.dead:dead", "Show refused entries, and send them again."),
     "dispatcher": ("lorayard.dispatcher.commands:dispatcher", "Run a dispatcher; no GPU needed."),
     "worker": ("lorayard.worker.queue.commands:worker", "Run the workers of this host, one per GPU or on the CPU."),
 }
 """Name -> (`module:command`, help line). Help needs no module of these, so it is instant and needs no torch."""
+
+ADAPTER_COMMANDS = {
+    "list": ("lorayard.dispatcher.watch:adapters", "List the adapters that jobs may name; done if nothing is said."),
+    "check": ("lorayard.worker.lora.check:check", "Say what an adapter's folder does to a base, or why it is refused."),
+}
 
 EXTRA_OF = {
     "torch": "worker", "numpy": "worker", "safetensors": "worker", "tokenizers": "worker", "jinja2": "worker",
@@ -35,6 +40,7 @@ EXTRA_OF = {
 }  # fmt: skip
 """Package that may be absent -> the extra that brings it."""
 
+HELP = {"help_option_names": ["-h", "--help"]}
 INTERRUPTED = 130
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -70,21 +76,36 @@ def redis_options(function: Decorated) -> Decorated:
 
 
 class _Lazy(click.Group):
-    """A group that lists its commands from the table and imports one only to run it."""
+    """A group that lists its commands from a table and imports one only to run it.
+
+    `default` is the command that is meant if none is named.
+    """
+
+    def __init__(
+        self, *args: Any, table: dict[str, tuple[str, str]], default: str | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.table, self.default = table, default
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        first = args[0] if args else ""
+        if self.default is not None and first not in self.table and first not in HELP["help_option_names"]:
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
+        return list(self.table)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
+        if cmd_name not in self.table:
             return None
-        module, _, name = COMMANDS[cmd_name][0].partition(":")
+        module, _, name = self.table[cmd_name][0].partition(":")
         command: click.Command = getattr(import_module(module), name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+            formatter.write_dl([(name, line) for name, (_, line) in self.table.items()])
 
 
 EXAMPLE = """\b
@@ -98,10 +119,22 @@ and in a second terminal:
 Each command has its own: lorayard COMMAND --help."""
 
 
-@click.group(cls=_Lazy, epilog=EXAMPLE, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Lazy, table=COMMANDS, epilog=EXAMPLE, context_settings=HELP)
 @click.version_option(__version__, prog_name="lorayard")
 def cli() -> None:
     """Many LoRA adapters on one quantised base model, on a row of GPUs behind one Redis."""
+
+
+ADAPTERS_EXAMPLES = """\b
+Examples:
+  lorayard adapters
+  lorayard adapters --redis redis://127.0.0.1:6390/0
+  lorayard adapters check MODEL ADAPTERS/sql"""
+
+
+@click.group(cls=_Lazy, table=ADAPTER_COMMANDS, default="list", epilog=ADAPTERS_EXAMPLES, context_settings=HELP)
+def adapters() -> None:
+    """List the adapters that jobs may name, or check the folder of one."""
 
 
 def run(argv: Sequence[str] | None = None) -> int:

@@ -54,7 +54,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "tokens": {"trainable_token_indices": [3, 150, 9, 11, 40, 41], "target_modules": QV},
     "tokens of both": {"trainable_token_indices": {"embed_tokens": [3, 9], "lm_head": [9, 3, 80]}},
     "much": {"use_dora": True, "bias": "lora_only", "modules_to_save": ["lm_head"], "target_modules": "all-linear",
-             "layers_pattern": None, "rank_pattern": {"1.mlp.*": 8}, "use_rslora": True},
+             "rank_pattern": {"1.mlp.*": 8}, "use_rslora": True},
 }  # fmt: skip
 """Name -> what it changes of LoraConfig(r=4, lora_alpha=8, target_modules=LINEARS).
 

@@ -10,7 +10,7 @@ import torch
 
 from lorayard.shared.errors import Refused
 from lorayard.worker import Lora, Model, ModelConfig
-from lorayard.worker.lora.bank import LoraBank, slot_bytes
+from lorayard.worker.lora.bank import LoraBank
 
 from ..features import ALONE, FEATURES, write_feature
 from ..stepper import Sequence, Stepper
@@ -91,11 +91,3 @@ def test_lora_scaling_is_peft_s_set_scale(loaded: Loaded) -> None:
         expected = reference(model.config.path, [(paths[name], 0.5)])
         logits = model.logits(PROMPT, [Lora.from_directory(model, paths[name], lora_scaling=0.5)])
         assert relative(logits, reference_logits(expected, PROMPT)) < 1e-3
-
-
-def test_bytes_in_a_slot(loaded: Loaded) -> None:
-    model, paths = loaded
-    plain, head = (slot_bytes([Lora.from_directory(model, paths[name])]) for name in ("head", "own head"))
-    linears = [model.linears[f"model.layers.{i}.self_attn.{m}_proj"] for i in (0, 1) for m in "qv"]
-    sizes = sum(linear.in_features + linear.out_features for linear in linears)
-    assert (plain, head) == (4 * 16 * (sizes + 64 + 160), 4 * (16 * sizes + 64 * 160))

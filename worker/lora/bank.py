@@ -217,15 +217,6 @@ def check_set(pairs: Sequence[tuple[Adapter, float]]) -> None:
             )
 
 
-def slot_bytes(loras: Sequence[Adapter]) -> int:
-    """Bytes that a combination takes in a slot, zeros up to its rank class and all."""
-    rank = _rank_class(tuple(loras))
-    inputs = {module: a.shape[1] * a.itemsize for lora in loras for module, (a, _) in lora.tensors.items()}
-    outputs = {module: len(b) * b.itemsize for lora in loras for module, (_, b) in lora.tensors.items()}
-    changes = (t.nbytes for lora in loras for change in lora.changes.values() for t in change.tensors())
-    return rank * (sum(inputs.values()) + sum(outputs.values())) + sum(changes)
-
-
 def _on(use: LoraRows, device: torch.device) -> LoraRows:
     return LoraRows(use.slot, use.rows.to(device), use.scales.to(device))
 
@@ -239,9 +230,13 @@ def _ordered(loras: tuple[Adapter, ...]) -> tuple[Adapter, ...]:
     return tuple(sorted(loras, key=lambda lora: lora.name))
 
 
+def rank_class(rank: int) -> int:
+    """What a slot makes of a combination whose adapters' largest ranks sum to `rank`: STEP, or the next power of 2."""
+    return max(STEP, 1 << (rank - 1).bit_length())
+
+
 def _rank_class(loras: tuple[Adapter, ...]) -> int:
-    """STEP, or the next power of two that holds the sum of the adapters' largest ranks."""
-    return max(STEP, 1 << (sum(lora.max_rank for lora in loras) - 1).bit_length())
+    return rank_class(sum(lora.max_rank for lora in loras))
 
 
 def _stack(loras: tuple[Adapter, ...], module: str, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from ..linear.linear import Shape
 from ..linear.tensors import FLOATS, Entry, Tensors
 from ..models.config import ModelConfig
 from ..models.model import linear_shapes
+from .bank import rank_class
 from .config import INPUT, OUTPUT, AdapterConfig
 from .folders import weights_file
 from .pickled import BinFile
@@ -79,6 +80,19 @@ class Contents:
         """The part of the module in float32, if it is there."""
         name = self.modules[module].get(part)
         return None if name is None else self.weights.read(name).float()
+
+    def slot_bytes(self, itemsize: int) -> int:
+        """Bytes of the adapter alone in a slot, for weights of `itemsize`; gains and offsets are always float32."""
+        rank, total = rank_class(max(self.ranks.values())), 0
+        for module, parts in self.modules.items():
+            shape = self.shapes[module]
+            inputs, outputs = shape.in_features, shape.out_features
+            total += rank * (inputs + outputs) * itemsize if "A" in parts else 0
+            total += inputs * outputs * itemsize if "weight" in parts and module in self.config.saved else 0
+            total += len(self.config.tokens.get(module, ())) * (self.shapes[OUTPUT].in_features * itemsize + 8)
+            gain = "magnitude" in parts
+            total += 4 * outputs * (gain + bool(parts.keys() & {"bias", "B.bias"} or (gain and shape.bias)))
+        return total
 
     def features(self) -> list[str]:
         """What the adapter uses beyond A and B of the layers' linears, in the words of adapter_config.json."""

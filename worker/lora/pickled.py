@@ -27,6 +27,8 @@ DTYPES = {"HalfStorage": "F16", "BFloat16Storage": "BF16", "FloatStorage": "F32"
 TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 MAX_PICKLE = 64 << 20
 MARK: Any = object()
+BROKEN = (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, struct.error, RuntimeError)
+"""What zipfile raises for archives that are malformed or encrypted, and we for what tensors do not need."""
 PUSH = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINFLOAT"}
 CONSTANTS: dict[str, Callable[[], Any]] = {
     "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "NONE": lambda: None, "EMPTY_TUPLE": tuple, "EMPTY_DICT": dict,
@@ -63,30 +65,32 @@ class BinFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with zipfile.ZipFile(path) as archive:
-                places = self._places(archive)
-        except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, struct.error, RuntimeError) as reason:
+            self._archive = zipfile.ZipFile(path)
+            self._found = self._places()
+        except BROKEN as reason:
             raise self._error(str(reason)[:120]) from None
-        self._found = places
-        self.entries = {name: Entry(path, place.storage.dtype, place.shape) for name, place in places.items()}
+        self.entries = {name: Entry(path, place.storage.dtype, place.shape) for name, place in self._found.items()}
 
     def read(self, name: str) -> Tensor:
         """The tensor, in the CPU's memory."""
         place = self._found[name]
         storage, dtype = place.storage, TORCH[place.storage.dtype]
         try:
-            with zipfile.ZipFile(self.path) as archive:
-                data = archive.read(_stored(archive, f"data/{storage.key}", storage.size * dtype.itemsize))
-        except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, struct.error, RuntimeError) as reason:
+            data = self._stored(f"data/{storage.key}", storage.size * dtype.itemsize)
+        except BROKEN as reason:
             raise self._error(f"{name}: {str(reason)[:120]}") from None
         numbers = torch.frombuffer(bytearray(data), dtype=dtype)
         return torch.as_strided(numbers, place.shape, place.strides, place.offset).contiguous()
 
-    def _places(self, archive: zipfile.ZipFile) -> dict[str, Place]:
-        for info in archive.infolist():
-            if info.filename.endswith("/byteorder") and archive.read(_stored(archive, "byteorder", 6)) != b"little":
-                raise ValueError("its numbers are not little-endian")
-        found = _run(archive.read(_stored(archive, "data.pkl")))
+    def _places(self) -> dict[str, Place]:
+        self._infos: dict[str, zipfile.ZipInfo] = {}
+        for info in self._archive.infolist():
+            last = info.filename.partition("/")[2]  # below the archive's one folder
+            if self._infos.setdefault(last, info) is not info:
+                raise ValueError(f"it has two files {last[:80]}")
+        if "byteorder" in self._infos and self._stored("byteorder", 6) != b"little":
+            raise ValueError("its numbers are not little-endian")
+        found = _run(self._stored("data.pkl"))
         if not isinstance(found, dict) or not all(type(name) is str for name in found):
             raise ValueError("it holds no dict of tensors")
         for name, place in found.items():
@@ -94,24 +98,22 @@ class BinFile:
                 raise ValueError(f"{name[:80]} is no plain tensor")
         return found
 
+    def _stored(self, last: str, size: int | None = None) -> bytes:
+        """The bytes of a file of the archive, which must be uncompressed and, if given, of that size."""
+        info = self._infos.get(last)
+        if info is None:
+            raise ValueError(f"it has no file {last[:80]}")
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+            raise ValueError(f"{last} is compressed")
+        if info.file_size > MAX_PICKLE if size is None else info.file_size != size:
+            raise ValueError(f"{last} has {info.file_size} bytes, expected {MAX_PICKLE if size is None else size}")
+        return self._archive.read(info)
+
     def _error(self, what: str) -> AdapterError:
         return AdapterError(
             f"{self.path} is not a plain file of tensors: {what}; in a Python that has peft, "
             "PeftModel.from_pretrained(BASE, ADAPTER).save_pretrained(NEW) writes it as safetensors"
         )
-
-
-def _stored(archive: zipfile.ZipFile, last: str, size: int | None = None) -> zipfile.ZipInfo:
-    """The archive's only file of that name (below its one folder), which must be uncompressed and of `size` bytes."""
-    found = [info for info in archive.infolist() if info.filename.partition("/")[2] == last]
-    if len(found) != 1:
-        raise ValueError(f"it has {len(found)} files {last}")
-    info = found[0]
-    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-        raise ValueError(f"{last} is compressed")
-    if info.file_size != (min(info.file_size, MAX_PICKLE) if size is None else size):
-        raise ValueError(f"{last} has {info.file_size} bytes, expected {MAX_PICKLE if size is None else size}")
-    return info
 
 
 def _inside(place: Place) -> bool:
