@@ -53,7 +53,10 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A finished job. finish: `stop` or `length`; fields: all fields of its final event."""
+    """A finished job. finish: `stop` or `length`; fields: all fields of its final event.
+
+    Of several samples text and finish are empty; `texts` and `finishes` are among the fields.
+    """
 
     id: str
     text: str

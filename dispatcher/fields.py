@@ -54,6 +54,17 @@ def _number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
+def _ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(id) is int and 0 <= id < 1 << 32 for id in value)
+
+
+def _bias(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(id, str) and re.fullmatch(r"0|[1-9]\d{0,9}", id, re.ASCII) and _number(bias)
+        for id, bias in value.items()
+    )
+
+
 TEXT = Kind("text", str, _clean, str)
 WHOLE = Kind(
     "a whole number of 64 bits", _whole, lambda value: type(value) is int and -(1 << 63) <= value < 1 << 64, int
@@ -61,27 +72,35 @@ WHOLE = Kind(
 NUMBER = Kind("a number", _decimal, _number, float)
 FLAG = Kind("0 or 1", _flag, lambda value: type(value) in (bool, int) and value in (0, 1), bool)
 LIST = Kind("a JSON list", json.loads, lambda value: isinstance(value, list), list)
+IDS = Kind("a JSON list of token ids", json.loads, _ids, tuple)
+BIAS = Kind(
+    'a JSON object of token ids with numbers, such as {"13": -2.5}', json.loads, _bias,
+    lambda value: tuple(sorted((int(id), float(bias)) for id, bias in value.items())),
+)  # fmt: skip
 
 SAMPLING = {
     "temperature": NUMBER, "top_k": WHOLE, "top_p": NUMBER, "min_p": NUMBER, "repetition_penalty": NUMBER,
-    "frequency_penalty": NUMBER, "presence_penalty": NUMBER, "seed": WHOLE,
+    "frequency_penalty": NUMBER, "presence_penalty": NUMBER, "seed": WHOLE, "temperature_last": FLAG,
+    "min_temp": NUMBER, "max_temp": NUMBER, "temp_exponent": NUMBER, "smoothing_factor": NUMBER,
+    "smoothing_curve": NUMBER, "top_a": NUMBER, "tfs": NUMBER, "typical": NUMBER, "mirostat": FLAG,
+    "mirostat_tau": NUMBER, "mirostat_eta": NUMBER, "xtc_probability": NUMBER, "xtc_threshold": NUMBER,
+    "xtc_ignore": IDS, "skew": NUMBER, "repetition_range": WHOLE, "repetition_decay": WHOLE, "dry_multiplier": NUMBER,
+    "dry_base": NUMBER, "dry_allowed_length": WHOLE, "dry_range": WHOLE, "dry_max_ngram": WHOLE, "dry_breakers": IDS,
+    "logit_bias": BIAS, "allowed_tokens": IDS, "banned_tokens": IDS,
 }  # fmt: skip
 """Fields of `SamplingParams`, which checks their ranges."""
 
 FIELDS = SAMPLING | {
     "id": TEXT, "adapter": TEXT, "adapter_digest": TEXT, "prompt": TEXT, "messages": LIST, "tokens": LIST,
-    "add_bos": FLAG, "max_tokens": WHOLE, "min_tokens": WHOLE, "stop": LIST, "n": WHOLE, "stream": FLAG,
+    "add_bos": FLAG, "max_tokens": WHOLE, "min_tokens": WHOLE, "stop": LIST, "banned_strings": LIST, "n": WHOLE,
+    "logprobs": WHOLE, "prompt_logprobs": WHOLE, "return_token_ids": FLAG, "token_healing": FLAG, "stream": FLAG,
     "reply": TEXT, "batch": TEXT, "deadline_ms": WHOLE, "ttl": WHOLE,
 }  # fmt: skip
 """Every field, flat and in the payload. The payload may also have `adapters`, a list of maps."""
 
 LATER = frozenset({
-    "logprobs", "return_token_ids", "return_logits", "return_probs", "token_healing", "decode_special_tokens",
-    "banned_strings", "banned_tokens", "allowed_tokens", "logit_bias", "filters", "grammar", "regex", "json_schema",
-    "negative_prompt", "cfg_scale", "temperature_last", "min_temp", "max_temp", "temp_exponent", "smoothing_factor",
-    "top_a", "tfs", "typical", "skew", "mirostat", "mirostat_tau", "mirostat_eta", "xtc_probability", "xtc_threshold",
-    "dry_multiplier", "dry_base", "dry_allowed_length", "dry_range", "repetition_range", "repetition_decay", "images",
-    "tools", "speculative", "draft_tokens", "priority",
+    "return_logits", "return_probs", "decode_special_tokens", "filters", "grammar", "regex", "json_schema",
+    "negative_prompt", "cfg_scale", "images", "tools", "speculative", "draft_tokens", "priority",
 })  # fmt: skip
 """Fields that are refused as not supported yet, so that nobody takes them for misspelled."""
 

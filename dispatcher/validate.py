@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from lorayard.shared import WIRE_VERSION
 from lorayard.shared.errors import Refused
-from lorayard.shared.job import MAX_RANK_SUM, Job, LoraSet, SamplingParams
+from lorayard.shared.job import MAX_LOGPROBS, MAX_RANK_SUM, MAX_SAMPLES, Job, LoraSet, SamplingParams
 from lorayard.shared.scripts import Value
 
 from .fields import REPLIES, SAMPLING, read
@@ -146,9 +146,15 @@ def _job(job_id: str, cls: str, values: Mapping[str, Any]) -> Job:
         batch=values.get("batch"),
         deadline_ms=values.get("deadline_ms"),
         ttl=values.get("ttl", DEFAULT_TTL),
+        n=values.get("n", 1),
+        logprobs=values.get("logprobs"),
+        prompt_logprobs=values.get("prompt_logprobs"),
+        return_token_ids=values.get("return_token_ids", False),
+        token_healing=values.get("token_healing", False),
+        banned_strings=_banned(values.get("banned_strings", [])),
     )
     _check_prompt(job)
-    _check_counts(job, values.get("n", 1))
+    _check_counts(job)
     _check_reply(job)
     return job
 
@@ -183,6 +189,13 @@ def _stop(value: list[Any]) -> tuple[str | int, ...]:
     return tuple(value)
 
 
+def _banned(value: list[Any]) -> tuple[str, ...]:
+    if len(value) > MAX_STOPS or not all(isinstance(item, str) and item for item in value):
+        raise Refused("bad_field", f"banned_strings must be a list of at most {MAX_STOPS} texts that are not empty")
+    _utf8("banned_strings", *value)
+    return tuple(value)
+
+
 def _utf8(name: str, *texts: str) -> None:
     try:
         "".join(texts).encode()
@@ -198,9 +211,12 @@ def _check_prompt(job: Job) -> None:
         raise Refused("bad_field", "messages must have at least one message")
 
 
-def _check_counts(job: Job, samples: int) -> None:
-    if samples != 1:
-        raise Refused("bad_field", f"n is not supported yet except 1, not {samples}")
+def _check_counts(job: Job) -> None:
+    if not 1 <= job.n <= MAX_SAMPLES:
+        raise Refused("bad_field", f"n must be between 1 and {MAX_SAMPLES}, not {job.n}")
+    for name, count in (("logprobs", job.logprobs), ("prompt_logprobs", job.prompt_logprobs)):
+        if count is not None and not 0 <= count <= MAX_LOGPROBS:
+            raise Refused("bad_field", f"{name} must be between 0 and {MAX_LOGPROBS}, not {count}")
     if job.max_tokens is not None and job.max_tokens < 1:
         raise Refused("bad_field", f"max_tokens must be at least 1, not {job.max_tokens}")
     if job.min_tokens < 0 or (job.max_tokens is not None and job.min_tokens > job.max_tokens):
@@ -242,7 +258,8 @@ def _bind(job: Job, asked: str | None, yard: Published) -> Job:
 
 def _check_room(job: Job, yard: Published) -> None:
     tokens = job.tokens or ()
-    for name, ids in (("tokens", tokens), ("stop", [item for item in job.stop if isinstance(item, int)])):
+    stop = [item for item in job.stop if isinstance(item, int)]
+    for name, ids in (("tokens", tokens), ("stop", stop), *job.sampling.token_fields().items()):
         if max(ids, default=0) >= yard.vocab_size:
             raise Refused("bad_field", f"{name} has token id {max(ids)}; the model has ids below {yard.vocab_size}")
     # A text has at least one token, which the worker counts; here only what is certain.

@@ -12,6 +12,11 @@ import pytest
 JOBS, IN_FLIGHT = 32, 16
 """Of a batch on two workers, and what the victim has of it at least."""
 UNREAD = 200
+LIVELY = [
+    {}, {"mirostat": 1, "mirostat_tau": 5, "temperature": 2}, {"dry_multiplier": 1, "repetition_range": 9, "repetition_decay": 9},
+    {"banned_strings": '["e"]', "xtc_probability": 0.5}, {"token_healing": 1, "typical": 0.9, "top_a": 0.1},
+]  # fmt: skip
+"""Draws that depend on more than the last token."""
 WORDS = "list dict set tuple zip map len sum min max any all print open range sorted".split()
 
 
@@ -27,7 +32,7 @@ def batch(yard, name: str) -> list[str]:
         job = {
             "id": f"{name}-{i}", "prompt": f"What does {WORDS[i % len(WORDS)]} do?", "seed": i, "stream": 1,
             "adapter": ("", "shout", "bullets", "json")[i % 4], "max_tokens": 32, "min_tokens": 32,
-        }  # fmt: skip
+        } | LIVELY[i % len(LIVELY)]  # fmt: skip
         pipe.xadd("yard:in", job)
     pipe.execute()
     return [f"{name}-{i}" for i in range(JOBS)]

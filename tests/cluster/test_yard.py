@@ -118,6 +118,27 @@ def test_a_drawn_seed_is_told_and_repeats_the_text(yard):
     assert len(others) > 1
 
 
+def test_several_samples_with_what_was_asked_for(yard):
+    asked = {"prompt": QUESTION, "max_tokens": 6, "temperature": 3, "seed": 5, "return_token_ids": 1, "logprobs": 2,
+             "prompt_logprobs": 1, "stream": 1, "banned_strings": '["e"]', "top_k": 200}  # fmt: skip
+    one, two = yard.submit(**asked), yard.submit(n=3, **asked)
+    done, single = yard.final(two), yard.final(one)
+    texts, ids, logprobs = (json.loads(done[name]) for name in ("texts", "token_ids", "logprobs"))
+    assert len(set(texts)) == 3 and not any("e" in text.lower() for text in texts) and "text" not in done
+    assert (texts[0], ids[0], logprobs[0]) == (
+        single["text"], json.loads(single["token_ids"]), json.loads(single["logprobs"]),
+    )  # fmt: skip
+    assert json.loads(done["finishes"])[0] == single["finish"] and len(json.loads(done["stop_matches"])) == 3
+    assert int(done["new_tokens"]) == sum(map(len, ids))
+    assert [[each["id"] for each in sample] for sample in logprobs] == ids
+    assert all(len(each["top"]) == 2 and each["logprob"] <= each["top"][0][1] <= 0 for each in logprobs[0])
+    assert len(json.loads(done["prompt_logprobs"])) == int(done["prompt_tokens"]) - 1
+    told = {sample: "" for sample in "012"}
+    for event in yard.events(two)[:-1]:
+        told[event["sample"]] += event["text"]
+    assert list(told.values()) == texts
+
+
 def test_stop_strings_end_the_text(yard):
     whole = yard.final(yard.submit(prompt=QUESTION, max_tokens=16, temperature=0))["text"]
     word = whole.strip().split()[-1]

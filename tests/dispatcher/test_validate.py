@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -10,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorayard.dispatcher.fields import FIELDS, LATER, MAX_REQUEST
+from lorayard.dispatcher.fields import FIELDS, LATER, MAX_REQUEST, SAMPLING
 from lorayard.dispatcher.published import Adapter, Published, read_adapters
 from lorayard.dispatcher.validate import Entry, Judged, judge, record
 from lorayard.shared.errors import REFUSALS
-from lorayard.shared.job import Job, LoraSet
+from lorayard.shared.job import Job, LoraSet, SamplingParams
 
 from .fake import DIGESTS
 
@@ -53,14 +56,22 @@ def test_the_default_id_of_each_class(cls: str, job_id: str) -> None:
 def test_flat_and_payload_mean_the_same() -> None:
     flat = accepted(
         id="j", adapter="b*0.5+a", tokens="[1, 2]", add_bos=0, max_tokens=5, temperature="0.5", top_k=3, seed=7,
-        stop='["x", 4]', stream=1, deadline_ms=99, ttl=60,
+        stop='["x", 4]', stream=1, deadline_ms=99, ttl=60, n=2, logprobs=0, prompt_logprobs=20, return_token_ids=1,
+        token_healing=1, banned_strings='["y"]', logit_bias='{"7": -2, "3": 1.5}', allowed_tokens="[1, 3]",
+        banned_tokens="[3]", mirostat=1, xtc_ignore="[]", dry_breakers="[9]", tfs="0.9", repetition_range=-1,
     )  # fmt: skip
     packed = payload(
         id="j", adapters=[{"name": "b", "scale": 0.5}, {"name": "a"}], tokens=[1, 2], add_bos=False, max_tokens=5,
-        temperature=0.5, top_k=3, seed=7, stop=["x", 4], stream=True, deadline_ms=99, ttl=60,
+        temperature=0.5, top_k=3, seed=7, stop=["x", 4], stream=True, deadline_ms=99, ttl=60, n=2, logprobs=0,
+        prompt_logprobs=20, return_token_ids=True, token_healing=True, banned_strings=["y"],
+        logit_bias={"3": 1.5, "7": -2}, allowed_tokens=[1, 3], banned_tokens=[3], mirostat=True, xtc_ignore=[],
+        dry_breakers=[9], tfs=0.9, repetition_range=-1,
     )  # fmt: skip
     assert accepted(payload=packed) == flat
     assert flat.digests == (DIGESTS["a"], DIGESTS["b"])
+    assert (flat.n, flat.logprobs, flat.token_healing, flat.banned_strings) == (2, 0, True, ("y",))
+    assert flat.sampling.logit_bias == ((3, 1.5), (7, -2.0)) and flat.sampling.xtc_ignore == ()
+    assert Job.unpack(flat.pack()) == flat
     assert accepted(payload=packed, max_tokens=6, adapter="").max_tokens == 6
     assert accepted(payload=packed, adapter="c").lora == LoraSet.parse("c"), "flat fields override"
 
@@ -73,7 +84,13 @@ BAD: dict[str, list[dict[str, Any]]] = {
     "bad_field": [
         {"temprature": 1}, {"temperature": "hot"}, {"temperature": "nan"}, {"temperature": -1}, {"top_k": "1.5"},
         {"seed": -1}, {"seed": 1 << 64}, {"max_tokens": 0}, {"max_tokens": "ten"}, {"max_tokens": "9" * 30},
-        {"min_tokens": -1}, {"min_tokens": 6, "max_tokens": 5}, {"stream": 2}, {"stream": "true"}, {"n": 2},
+        {"min_tokens": -1}, {"min_tokens": 6, "max_tokens": 5}, {"stream": 2}, {"stream": "true"}, {"n": 0}, {"n": 65},
+        {"logprobs": 21}, {"prompt_logprobs": -1}, {"banned_strings": '[""]'}, {"banned_strings": "[1]"},
+        {"banned_strings": '["\\ud800"]'}, {"banned_strings": json.dumps(["x"] * 65)}, {"logit_bias": "[1]"},
+        {"logit_bias": '{"x": 1}'}, {"logit_bias": '{"01": 1}'}, {"logit_bias": '{"1": 1e9}'},
+        {"logit_bias": '{"1000": 1}'}, {"allowed_tokens": "[]"}, {"allowed_tokens": "[1000]"},
+        {"banned_tokens": "[-1]"}, {"allowed_tokens": "[1]", "banned_tokens": "[1]"}, {"xtc_ignore": "1"},
+        {"dry_breakers": "[1000]"}, {"mirostat": 2}, {"smoothing_curve": 5}, {"top_a": -1}, {"dry_range": "1.5"},
         {"stream": 1, "reply": "list"}, {"reply": "mail"}, {"reply": "batch"}, {"batch": "c"},
         {"reply": "batch", "batch": "a b"}, {"ttl": 0}, {"ttl": 10**9}, {"deadline_ms": -1}, {"deadline_ms": 1 << 60},
         {"stop": "x"}, {"stop": "[1.5]"}, {"stop": '[""]'}, {"stop": json.dumps(["x"] * 65)}, {"stop": "[1000]"},
@@ -111,6 +128,12 @@ def test_refusals(code: str, fields: dict[str, Any]) -> None:
     assert verdict.job is None and verdict.refusal is not None
     assert verdict.refusal.code == code, verdict.refusal
     assert len(str(verdict.refusal)) < 400 and "\n" not in str(verdict.refusal)
+
+
+def test_every_setting_of_the_sampler_is_a_field_and_every_field_is_documented() -> None:
+    assert list(SAMPLING) == [field.name for field in dataclasses.fields(SamplingParams)]
+    named = set(re.findall(r"`(\w+)`", (Path(__file__).parent.parent.parent / "docs/wire.md").read_text()))
+    assert FIELDS.keys() <= named
 
 
 def test_each_refusal_of_the_dispatcher_has_a_case() -> None:

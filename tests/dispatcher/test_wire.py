@@ -22,6 +22,9 @@ ROOT = Path(__file__).parent.parent.parent
 HERE = "tests/dispatcher/test_wire.py"
 YARD, GENERATOR = "tests/cluster/test_yard.py", "tests/worker/test_generator_schedule.py"
 HOLDERS = "tests/dispatcher/test_holders.py"
+OPTIONS, STEPS = "tests/worker/test_generator_options.py", "tests/worker/test_sampler_steps.py"
+ASKED = "tests/cluster/test_yard.py::test_several_samples_with_what_was_asked_for"
+FORMS = "tests/dispatcher/test_validate.py::test_flat_and_payload_mean_the_same"
 REFUSALS, SCRIPTS = "tests/dispatcher/test_validate.py::test_refusals", "tests/shared/test_scripts.py"
 
 PROOF: dict[str, list[str]] = {
@@ -35,6 +38,28 @@ PROOF: dict[str, list[str]] = {
     "submit.sampling": ["tests/shared/test_job.py::test_sampling_outside_its_ranges_is_refused_by_name"],
     "submit.seed": [f"{YARD}::test_a_drawn_seed_is_told_and_repeats_the_text"],
     "submit.stop": [f"{YARD}::test_stop_strings_end_the_text", REFUSALS],
+    "submit.banned-strings": [f"{OPTIONS}::test_banned_strings_never_come_and_nothing_else_is_lost", ASKED],
+    "submit.tokens-allowed": [f"{OPTIONS}::test_bias_and_allowed_and_banned_tokens", REFUSALS],
+    "submit.token-healing": [
+        f"{OPTIONS}::test_a_healed_prompt_ends_in_another_token_and_the_text_goes_on_from_it",
+        FORMS,
+    ],
+    "submit.n": [f"{OPTIONS}::test_samples_differ_and_the_first_is_that_of_a_single_one", ASKED, REFUSALS],
+    "submit.logprobs": [f"{OPTIONS}::test_logprobs_are_the_models", ASKED, REFUSALS],
+    "submit.return-token-ids": [ASKED],
+    "event.done-samples": [ASKED],
+    "event.done-asked": [ASKED],
+    "sampling.penalties": [f"{STEPS}::test_penalties", FORMS],
+    "sampling.dry": [f"{STEPS}::test_dry", f"{OPTIONS}::test_words_that_dry_and_xtc_leave_alone", FORMS],
+    "sampling.smoothing": [f"{STEPS}::test_temperature_and_smoothing", FORMS],
+    "sampling.filters": [f"{STEPS}::test_filters", FORMS],
+    "sampling.mirostat": [f"{STEPS}::test_mirostat_holds_the_surprise_at_tau", FORMS],
+    "sampling.temperature": [
+        f"{STEPS}::test_temperature_last_comes_after_the_filters",
+        f"{STEPS}::test_the_order_of_the_steps",
+    ],
+    "sampling.xtc": [f"{STEPS}::test_xtc_has_the_distribution_of_its_coin", FORMS],
+    "sampling.skew": [f"{STEPS}::test_skew"],
     "submit.later": ["tests/dispatcher/test_validate.py::test_later_features_are_refused_by_name"],
     "event.tok": [f"{YARD}::test_streamed_text_joins_to_the_whole"],
     "event.done": ["tests/worker/queue/test_worker.py::test_answers_with_every_field"],
@@ -112,7 +137,7 @@ def test_adapters(yard: LiveYard) -> None:
     assert yard.final(yard.send(adapter="a", adapter_digest="0" * 64))["code"] == "no_adapter"
 
 
-@proves("submit.unknown", "submit.n", "code.bad-field", "code.no-prompt", "code.too-large", "code.bad-payload",
+@proves("submit.unknown", "code.bad-field", "code.no-prompt", "code.too-large", "code.bad-payload",
         "event.error")  # fmt: skip
 def test_refusals_reach_the_client(yard: LiveYard) -> None:
     cases = {
@@ -122,7 +147,7 @@ def test_refusals_reach_the_client(yard: LiveYard) -> None:
     for code, fields in cases.items():
         error = yard.final(yard.send(id=f"id-{code}", **fields))
         assert (error["ev"], error["code"]) == ("error", code) and error["error"]
-    assert yard.final(yard.send(n=2))["code"] == "bad_field" and yard.final(yard.send(n=1))["ev"] == "done"
+    assert yard.final(yard.send(n=65))["code"] == "bad_field" and yard.final(yard.send(n=1))["ev"] == "done"
     assert [one["code"] for one in yard.dead()] == [*cases, "bad_field"]
 
 
