@@ -290,6 +290,8 @@ def test_what_cannot_run_is_refused_before_it_is_queued(make: Any, adapters: dic
         ("bad_field", [5], {"sampling": SamplingParams(allowed_tokens=(1408,))}),
         ("bad_field", "half \ud800", {}),
         ("bad_adapter", [5], {"loras": [(shout, float("nan"))]}),
+        ("bad_adapter", [5], {"loras": [(replace(shout, alone="use_dora"), 0.5)]}),
+        ("bad_adapter", [5], {"loras": [replace(shout, alone="use_dora"), adapters["json"]]}),
     ]
     for code, prompt, options in refused:
         with pytest.raises(Refused) as caught:

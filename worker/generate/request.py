@@ -11,6 +11,7 @@ from lorayard.shared.errors import AdapterError, Refused, UsageError
 from lorayard.shared.job import MAX_LOGPROBS, MAX_SAMPLES, SamplingParams
 
 from ..cache.page import chain
+from ..lora.bank import check_set
 from ..lora.peft import Lora
 from .mask import Mask
 
@@ -121,6 +122,7 @@ class Limits:
             raise AdapterError(f"a LoRA set names an adapter twice: {', '.join(names)}")
         if not all(math.isfinite(scale) for _, scale in uses):
             raise Refused("bad_adapter", f"the scales of {', '.join(names)} must be finite numbers")
+        check_set(uses)
         rank = sum(lora.max_rank for lora, _ in uses)
         if rank > self.max_rank:
             raise AdapterError(f"the ranks of {', '.join(names)} sum to {rank}; a slot holds {self.max_rank}")
