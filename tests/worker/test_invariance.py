@@ -8,10 +8,10 @@ from collections import Counter
 import pytest
 import torch
 
-from lorayard.kernels.attention import attend, tile
+from lorayard.kernels.attention import attend, tile, write
+from lorayard.kernels.gelu_mul import gelu_mul
 from lorayard.kernels.linear import linear
 from lorayard.kernels.lora import add_lora, tile_rows
-from lorayard.kernels.pool import FloatPool
 from lorayard.kernels.rms_norm import rms_norm
 from lorayard.kernels.silu_mul import silu_mul
 from lorayard.worker import Lora, Model, ModelConfig
@@ -25,9 +25,18 @@ Prompts = list[list[int]]
 LENGTHS = (1, 3, 17, 40, 64, 255, 257, 300)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    path = write_model(tmp_path_factory.mktemp("invariance") / "base", intermediate_size=104, vocab_size=163)
+MODELS = ["LlamaForCausalLM", "Gemma2ForCausalLM"]
+"""Gemma 2 has windows in every other layer, and soft caps."""
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    path = write_model(
+        tmp_path_factory.mktemp("invariance") / "base",
+        architecture=request.param,
+        intermediate_size=104,
+        vocab_size=163,
+    )
     model = Model(ModelConfig.from_directory(path))
     model.load(devices="cpu")
     return model
@@ -135,7 +144,7 @@ def test_bad_numbers_of_one_job_do_not_reach_the_next_on_its_page(
 ) -> None:
     stepper = Stepper(model, tokens=256)
     for pool in stepper.cache[0]:
-        assert isinstance(pool, FloatPool) and pool.values.isfinite().all()
+        assert pool.isfinite().all()
     spoilt = model.embedding[5].clone()
     model.embedding[5] = torch.nan
     try:
@@ -155,7 +164,7 @@ def test_kernels_keep_a_rows_bits_at_every_size_of_batch(inputs: int, outputs: i
         y = linear(x, weight)
         rows, scales = tile_rows(torch.arange(len(x)), torch.ones(len(x), 5))
         add_lora(x, y, rows, scales, a.expand(len(rows), -1, -1), b.expand(len(rows), -1, -1))
-        return [y, rms_norm(x, scale, 1e-5), silu_mul(x, x + 1)]
+        return [y, rms_norm(x, scale, 1e-5), silu_mul(x, x + 1), gelu_mul(x, x + 1)]
 
     whole = run(x)
     for start, end in ((0, 1), (60, 61), (3, 11), (5, 61), (17, 26)):
@@ -163,17 +172,31 @@ def test_kernels_keep_a_rows_bits_at_every_size_of_batch(inputs: int, outputs: i
             assert torch.equal(part, full[start:end])
 
 
-def test_attention_over_many_pages_is_exact() -> None:
-    """Four pages, against the textbook's softmax over the whole past."""
+@pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (1, 0.0), (5, 0.0), (8, 2.0), (17, 0.0), (100, 2.0)])
+def test_attention_over_many_pages_is_exact(window: int, cap: float) -> None:
+    """Four pages, against the textbook's softmax over the whole past; chunks that begin anywhere get the same bits."""
     torch.manual_seed(2)
-    n, page = 50, 16
-    pools = [FloatPool((6, 2, page, 8), torch.float32, torch.device("cpu")) for _ in range(2)]
+    n, page, pools = 50, 16, torch.zeros(2, 6, 2, 16, 8)
     q, k, v = torch.randn(n, 4, 8) * 3, torch.randn(n, 2, 8), torch.randn(n, 2, 8)
     positions, table = torch.arange(n), torch.tensor([[4, 0, 5, 2]])
-    for pool, new in zip(pools, (k, v), strict=True):
-        pool.write(new, table[0, positions // page], positions % page)
-    tiles = tile(torch.zeros_like(positions), positions, table, page, 8, torch.device("cpu"))
-    got = attend(q, pools[0], pools[1], tiles, 8**-0.5)
-    wide = [t.repeat_interleave(2, 1).transpose(0, 1) for t in (k, v)]
-    expected = torch.nn.functional.scaled_dot_product_attention(q.transpose(0, 1), *wide, is_causal=True)
-    assert torch.allclose(got, expected.transpose(0, 1), atol=1e-5)
+    write(k, v, pools[0], pools[1], table[0, positions // page], positions % page)
+
+    def run(chunk: torch.Tensor) -> torch.Tensor:
+        tiles = tile(torch.zeros_like(chunk), chunk, table, page, 8, torch.device("cpu"), window)
+        return attend(q[chunk], pools[0], pools[1], tiles, 0.3, cap)
+
+    got = run(positions)
+    wide_k, wide_v = (t.repeat_interleave(2, 1).transpose(0, 1) for t in (k, v))
+    scores = q.transpose(0, 1) @ wide_k.transpose(1, 2) * 0.3
+    scores = cap * torch.tanh(scores / cap) if cap else scores
+    behind = positions[:, None] - positions
+    scores = scores.masked_fill((behind < 0) | (behind >= (window or n)), -torch.inf)
+    assert torch.allclose(got, (scores.softmax(-1) @ wide_v).transpose(0, 1), atol=1e-5)
+    for start in range(0, n, 7):
+        assert torch.equal(run(positions[start : start + 9]), got[start : start + 9])
+
+
+def test_pages_outside_every_window_are_not_read() -> None:
+    positions, table = torch.tensor([40, 41, 42]), torch.tensor([[0, 1, 2]])
+    tiles = tile(torch.zeros_like(positions), positions, table, 16, 8, torch.device("cpu"), 4)
+    assert (tiles.first.tolist(), tiles.active) == ([4], (1, 1))
