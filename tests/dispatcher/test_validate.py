@@ -88,6 +88,7 @@ BAD: dict[str, list[dict[str, Any]]] = {
         {"logprobs": 21}, {"prompt_logprobs": -1}, {"banned_strings": '[""]'}, {"banned_strings": "[1]"},
         {"banned_strings": '["\\ud800"]'}, {"banned_strings": json.dumps(["x"] * 65)}, {"logit_bias": "[1]"},
         {"logit_bias": '{"x": 1}'}, {"logit_bias": '{"01": 1}'}, {"logit_bias": '{"1": 1e9}'},
+        {"logit_bias": json.dumps({"1": 10**400})}, {"logit_bias": '{"1": NaN}'},
         {"logit_bias": '{"1000": 1}'}, {"allowed_tokens": "[]"}, {"allowed_tokens": "[1000]"},
         {"banned_tokens": "[-1]"}, {"allowed_tokens": "[1]", "banned_tokens": "[1]"}, {"xtc_ignore": "1"},
         {"dry_breakers": "[1000]"}, {"mirostat": 2}, {"smoothing_curve": 5}, {"top_a": -1}, {"dry_range": "1.5"},

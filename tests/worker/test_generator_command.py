@@ -35,9 +35,29 @@ def test_the_same_seed_gives_the_same_text(capsys: pytest.CaptureFixture[str]) -
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_samples_settings_and_banned_text(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--max-tokens", "9", "--seed", "3", "--samples", "2", "--set", "xtc_probability=0.5", "--ban", "e"]
+    assert run([*DEMO[:3], "--preset", "exllamav2", "--temperature", "20", "--heal", *options, "What", "Why"]) == 0
+    prompts, answers = [], []
+    for line in capsys.readouterr().out.split("> ")[1:]:
+        prompt, _, answer = line.partition("\n")
+        prompts.append(prompt)
+        answers.append(answer)
+    assert prompts == ["What", "What", "Why", "Why"] and len(set(answers)) == 4
+    assert not any("e" in answer.lower() for answer in answers)
+    bias = ["--set", 'logit_bias={"300": 1000}', "--set", "banned_tokens=[5]", "--max-tokens", "3"]
+    assert run([*DEMO, *bias, "x"]) == 0
+    text = capsys.readouterr().out.strip()
+    assert text and text == text[: len(text) // 3] * 3
+
+
 @pytest.mark.parametrize(
     "arguments, status, sentence",
     [
+        ([*DEMO, "--set", "colour=1", "x"], 2, "there is no setting 'colour'; there are: temperature, top_k"),
+        ([*DEMO, "--set", "top_a=much", "x"], 2, "top_a: 'much' is not JSON"),
+        ([*DEMO, "--set", 'logit_bias={"x": 1}', "x"], 1, "logit_bias must name tokens by their ids"),
+        ([*DEMO, "--samples", "65", "x"], 1, "n must be between 1 and 64"),
         (["generate", "--demo"], 2, "a prompt is missing"),
         (["generate", "model"], 2, "a prompt is missing"),
         (["generate", "/no/such/model", "x"], 4, "/no/such/model"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import click
 from lorayard.demo import ADAPTERS, BASE
 from lorayard.shared.errors import UsageError
 from lorayard.shared.job import LoraSet, SamplingParams
+from lorayard.shared.sampling import PRESETS
 
 from ..cache.storage import Cache
 from ..lora.folders import scan
@@ -21,10 +24,9 @@ from ..models.loading import Pace
 from ..models.model import Model
 from ..models.placement import Devices
 from ..text.tokenizer import Tokenizer
-from .generator import Generator
+from .generator import Generator, Handle
 
 DEFAULT_MAX_TOKENS = 256
-NEUTRAL = SamplingParams()
 
 
 @click.command(epilog="Example: lorayard generate --demo --chat --adapter shout 'What does len do?'")
@@ -35,20 +37,27 @@ NEUTRAL = SamplingParams()
 )
 @click.option("--adapter", default="", metavar="SET", help="A LoRA set, such as sql or sql*0.7+pirate*0.3.")
 @click.option("--max-tokens", type=click.IntRange(1), help=f"New tokens at most [{DEFAULT_MAX_TOKENS} if they fit].")
-@click.option("--temperature", default=NEUTRAL.temperature, show_default=True, help="0 is greedy.")
-@click.option("--top-k", default=NEUTRAL.top_k, show_default=True, help="Draw from the k likeliest tokens; 0 is all.")
-@click.option("--top-p", default=NEUTRAL.top_p, show_default=True, help="Draw from the likeliest that sum to p.")
-@click.option("--min-p", default=NEUTRAL.min_p, show_default=True, help="Drop what is below p times the likeliest.")
+@click.option("--temperature", type=float, help="0 is greedy.  [1]")
+@click.option("--top-k", type=int, help="Draw from the k likeliest tokens.  [0: all]")
+@click.option("--top-p", type=float, help="Draw from the likeliest that sum to p.  [1: all]")
+@click.option("--min-p", type=float, help="Drop what is below p times the likeliest.  [0: none]")
+@click.option("--preset", default="neutral", type=click.Choice(list(PRESETS)), help="What --set and others change.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=JSON", help="Any other setting, such as top_a=0.2.")
 @click.option("--seed", type=int, help="The same seed gives the same text.")
+@click.option("--samples", default=1, show_default=True, help="Answers to each prompt.")
+@click.option("--ban", multiple=True, metavar="TEXT", help="Text that never comes; may be given several times.")
+@click.option("--heal", is_flag=True, help="Let the prompt's last token become a longer one.")
 @click.option("--stop", multiple=True, help="Text that ends the answer; may be given several times.")
 @click.option("--chat", is_flag=True, help="Put each prompt into the model's chat template.")
 @click.option("--devices", default="auto", show_default=True, help="cpu, or cuda:0,cuda:1 or cuda:0=20GiB,cuda:1=8GiB.")
 def generate(
     arguments: tuple[str, ...], demo: bool, roots: tuple[Path, ...], adapter: str, max_tokens: int | None,
-    temperature: float, top_k: int, top_p: float, min_p: float, seed: int | None, stop: tuple[str, ...], chat: bool,
-    devices: str,
+    preset: str, settings: tuple[str, ...], samples: int, ban: tuple[str, ...], heal: bool, stop: tuple[str, ...],
+    chat: bool, devices: str, **sampling: float | None,
 ) -> None:  # fmt: skip
     """Answer prompts with the engine alone: no Redis, no queue. Several prompts run in one batch.
+
+    --set takes the settings that docs/wire.md lists under Sampling, as JSON: --set mirostat=true.
 
     MODEL is a folder with config.json, tokenizer.json and *.safetensors. Answers come in the order of the prompts.
     """
@@ -56,7 +65,8 @@ def generate(
     if folder is None or not prompts:
         raise UsageError("a prompt is missing: give MODEL PROMPT..., or --demo PROMPT...")
     lora_set = LoraSet.parse(adapter)
-    sampling = SamplingParams(temperature, top_k, top_p, min_p, seed=seed)
+    given = {name: value for name, value in sampling.items() if value is not None}
+    params = SamplingParams.preset(preset, **_read_settings(settings) | given)
     tokenizer = Tokenizer.from_directory(folder)
     encoded = [
         tokenizer.encode_chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
@@ -69,10 +79,37 @@ def generate(
     loras = _read_adapters(model, lora_set, [*roots, *([ADAPTERS] if demo else [])])
     limits = [max_tokens or max(1, min(DEFAULT_MAX_TOKENS, generator.capacity - len(ids))) for ids in encoded]
     handles = [
-        generator.enqueue(ids, max_tokens=limit, sampling=sampling, loras=loras, stop=stop)
+        generator.enqueue(
+            ids,
+            max_tokens=limit,
+            sampling=params,
+            loras=loras,
+            stop=stop,
+            n=samples,
+            token_healing=heal,
+            banned_strings=ban,
+        )
         for ids, limit in zip(encoded, limits, strict=True)
     ]
-    _stream(generator, handles, prompts)
+    _stream(generator, [(handle, sample) for handle in handles for sample in range(samples)], prompts)
+
+
+def _read_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """Each NAME=JSON, with lists as tuples and the bias as pairs."""
+    names = [field.name for field in fields(SamplingParams)]
+    read: dict[str, Any] = {}
+    for setting in settings:
+        name, _, text = setting.partition("=")
+        if name not in names:
+            raise UsageError(f"--set: there is no setting {name!r}; there are: {', '.join(names)}")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            raise UsageError(f"--set {name}: {text!r} is not JSON, such as 0.5, true or [1, 2]") from None
+        if name == "logit_bias" and isinstance(value, dict):
+            value = [(int(id) if id.isdecimal() else id, bias) for id, bias in value.items()]
+        read[name] = tuple(value) if isinstance(value, list) else value
+    return read
 
 
 def _devices(text: str) -> Devices:
@@ -106,22 +143,22 @@ def _progress() -> Callable[[int, int], None]:
     return draw if sys.stderr.isatty() else pace
 
 
-def _stream(generator: Generator, handles: Sequence[Any], prompts: Sequence[str]) -> None:
+def _stream(generator: Generator, answers: Sequence[tuple[Handle, int]], prompts: Sequence[str]) -> None:
     """Write the first unfinished answer as it comes, those after it when it is their turn."""
-    waiting = {handle: "" for handle in handles}
-    done = set()
-    for handle, prompt in zip(handles, prompts, strict=True):
-        if len(prompts) > 1:
-            click.echo(f"> {prompt}")
-        click.echo(waiting.pop(handle), nl=False)
-        while handle not in done:
+    waiting = dict.fromkeys(answers, "")
+    done: set[tuple[Handle, int]] = set()
+    for index, answer in enumerate(answers):
+        if len(answers) > 1:
+            click.echo(f"> {prompts[index * len(prompts) // len(answers)]}")
+        click.echo(waiting.pop(answer), nl=False)
+        while answer not in done:
             for event in generator.iterate():
                 if event.error is not None:
                     raise event.error
-                if event.handle == handle:
+                if (event.handle, event.sample) == answer:
                     click.echo(event.text, nl=False)
                 else:
-                    waiting[event.handle] += event.text
+                    waiting[event.handle, event.sample] += event.text
                 if event.finished:
-                    done.add(event.handle)
+                    done.add((event.handle, event.sample))
         click.echo()
