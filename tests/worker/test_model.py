@@ -1,4 +1,4 @@
-"""Checkpoints in the ways they come, caches and placement."""
+"""Checkpoints in the ways they come, and their caches."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from safetensors.torch import load_file, save_file
 from lorayard.demo import BASE
 from lorayard.kernels.linear_gptq import dequantise, linear_gptq
 from lorayard.kernels.pool import FloatPool
-from lorayard.shared.errors import ModelError
 from lorayard.worker import Cache, Model, ModelConfig
-from lorayard.worker.models.placement import place
 
 from ..tiny import relative, write_model
 
@@ -101,11 +99,3 @@ def test_a_cache_is_allocated_as_layers_land_or_after(base: Path) -> None:
     assert Cache(model, 1)[1][0].shape == (1, 2, 256, 16)
     model.unload()
     assert model.layer_devices == () and not model.linears
-
-
-def test_a_device_is_filled_before_the_next_is_begun() -> None:
-    a, b = torch.device("cuda:0"), torch.device("cuda:1")
-    assert place([3, 3, 3, 1], [(a, 7), (b, None)]) == [a, a, b, b]
-    assert place([3, 1], [(a, 2), (b, 4)]) == [b, b]
-    with pytest.raises(ModelError, match="make the cache smaller"):
-        place([3, 3], [(a, 3), (b, 2)])

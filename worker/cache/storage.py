@@ -74,7 +74,7 @@ class Cache:
         if max_tokens < 1:
             raise UsageError(f"a cache needs at least one token, not {max_tokens}")
         shape = model.config
-        self.type = cache_type(dtype, shape.head_dim)
+        self.dtype, self.type = dtype, cache_type(dtype, shape.head_dim)
         self.pages = -(-max_tokens // PAGE)
         self.max_tokens = self.pages * PAGE
         self.pool_shape = (self.pages, shape.num_kv_heads, PAGE, shape.head_dim)

@@ -52,6 +52,11 @@ def parts(tensors: Tensors, shape: Shape) -> set[str]:
     return {*format_of(tensors, shape).PARTS, *(["bias"] if shape.bias else ())}
 
 
+def name_of(tensors: Tensors, shape: Shape) -> str:
+    """The format's name: that of its module here."""
+    return str(getattr(format_of(tensors, shape), "__name__", "")).rpartition(".")[2]
+
+
 def is_packed(tensors: Tensors, shape: Shape) -> bool:
     """Whether the weights are quantised."""
     return format_of(tensors, shape) is not dense

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -20,9 +21,11 @@ from ..linear.tensors import Tensors
 from .adapters import Adapter, Bank
 from .batch import Batch, LoraRows
 from .config import ModelConfig
+from .devices import Devices
 from .layer import Layer, Step, layer_linears, layer_norms, read_norm
 from .loading import in_order
-from .placement import Devices, budgets, place
+from .memory import Needs, Wish, workspace
+from .placement import Budget, find_budgets
 from .rope import Rope
 
 EMBED, HEAD = "model.embed_tokens", "lm_head"
@@ -60,20 +63,23 @@ class Model:
         cache: Cache | None = None,
         devices: Devices = "auto",
         progress: Callable[[int, int], None] | None = None,
+        slots: Mapping[str, int] | None = None,
     ) -> None:
-        """Read the checkpoint onto `devices` (see placement.budgets), allocating `cache` beside the layers.
+        """Read the checkpoint onto `devices` (see placement.find_budgets), allocating `cache` beside the layers.
 
-        Everything is checked by the files' headers before memory is spent. Several layers are read at once;
-        progress(done, total) is called with bytes after each part, in their order. A model of small linears on the CPU
-        sets torch to one thread: its products are so short that threads would only wait for each other, on a busy
-        machine for many times as long as they compute.
+        slots: bytes to leave free for LoRA, by module, on the module's device. Everything is checked by the files'
+        headers before memory is spent. Several layers are read at once; progress(done, total) is called with bytes
+        after each part, in their order. A model of small linears on the CPU sets torch to one thread: its products are
+        so short that threads would only wait for each other, on a busy machine for many times as long as they compute.
 
         Raises ModelError, NotSupported or UsageError; a model that failed to load holds nothing.
         """
         self.unload()
-        limits = budgets(devices)
+        budgets = find_budgets(devices)
         tensors = checkpoint(self.config)
-        placed = place(self._sizes(tensors, cache), limits)
+        wish = Wish(cache.max_tokens, cache.dtype, 1) if cache is not None else Wish(slots=1)
+        placed = needs(self.config, tensors, budgets, slots or {}).plan(wish, budgets).devices()
+        self.dtype = compute_dtype(tensors, budgets)
         if placed[0].type == "cpu" and self.config.hidden_size * self.config.intermediate_size <= SMALL_LINEAR:
             torch.set_num_threads(1)
         try:
@@ -84,19 +90,13 @@ class Model:
                 cache.free()
             raise
 
-    def _sizes(self, tensors: Tensors, cache: Cache | None) -> list[int]:
-        """Bytes of the embedding, each layer with its cache, and the head."""
-        config = self.config
-        layers = [tensors.stored_bytes(f"model.layers.{i}.") for i in range(config.num_layers)]
-        head = tensors.stored_bytes("lm_head." if has_head(config, tensors) else EMBEDDING)
-        pools = cache.layer_bytes if cache is not None else 0
-        return [tensors.stored_bytes(EMBEDDING), *(size + pools for size in layers), head]
-
     def _read(
         self, tensors: Tensors, placed: list[torch.device], cache: Cache | None, progress: Callable[[int, int], None]
     ) -> None:
-        config, sizes = self.config, self._sizes(tensors, None)
-        self.dtype = compute_dtype(tensors, placed)
+        config = self.config
+        stored = [tensors.stored_bytes(f"model.layers.{i}.") for i in range(config.num_layers)]
+        head = tensors.stored_bytes("lm_head.") if has_head(config, tensors) else 0
+        sizes = [tensors.stored_bytes(EMBEDDING), *stored, head]
         self.embedding = tensors.read(EMBEDDING).to(placed[0], self.dtype)
         progress(sizes[0], sum(sizes))
         tasks = [partial(Layer, config, tensors, i, device, self.dtype) for i, device in enumerate(placed[1:-1])]
@@ -193,11 +193,49 @@ def linear_shapes(config: ModelConfig) -> list[Shape]:
     return [*(s for i in range(config.num_layers) for s in layer_linears(config, i).values()), head_shape(config)]
 
 
-def compute_dtype(tensors: Tensors, placed: list[torch.device]) -> torch.dtype:
-    """float32 on the CPU; on a GPU bf16 for a checkpoint of bf16, else fp16."""
-    if any(device.type == "cpu" for device in placed):
+def compute_dtype(tensors: Tensors, budgets: Sequence[Budget]) -> torch.dtype:
+    """float32 where the CPU is among the devices; on GPUs bf16 for a checkpoint of bf16, else fp16."""
+    if any(budget.device.type == "cpu" for budget in budgets):
         return torch.float32
     return torch.bfloat16 if tensors.entries[EMBEDDING].dtype == "BF16" else torch.float16
+
+
+def needs(config: ModelConfig, tensors: Tensors, budgets: Sequence[Budget], slot: Mapping[str, int]) -> Needs:
+    """What the checked tensors take on these devices, where a LoRA slot takes so many bytes of each module.
+
+    A GPU keeps packed weights as they are stored; the CPU dequantises them.
+    """
+    dtype = compute_dtype(tensors, budgets)
+    stored, held, by_format = Counter[str](), Counter[str](), Counter[str]()
+    for name, entry in tensors.entries.items():
+        stored[name.rpartition(".")[0]] += entry.size
+    copied = len({budget.device for budget in budgets}) > 1
+    for shape in linear_shapes(config):
+        if shape.name == HEAD and not has_head(config, tensors) and not copied:
+            continue  # the embedding itself
+        kept = dtype != torch.float32 and formats.is_packed(tensors, shape)
+        size = stored[shape.name] if kept else (shape.in_features + shape.bias) * shape.out_features * dtype.itemsize
+        held[_part(shape.name)] += size
+        by_format[formats.name_of(tensors, shape) if kept else "float"] += size
+    for i in range(config.num_layers):
+        held[f"layer {i}"] += sum(size for _, size in layer_norms(config, i).values()) * dtype.itemsize
+    held["embedding"] = config.vocab_size * config.hidden_size * dtype.itemsize
+    by_format["float"] = sum(held.values()) - sum(by_format.values()) + by_format["float"]
+    slots = Counter[str]()
+    for module, size in slot.items():
+        slots[_part(module)] += size
+    names = ["embedding", *(f"layer {i}" for i in range(config.num_layers)), "head"]
+    on_gpu = any(budget.device.type == "cuda" for budget in budgets)
+    return Needs(
+        tuple(held[name] for name in names), by_format, tuple(slots[name] for name in names), config.num_kv_heads,
+        config.head_dim, workspace(config, dtype.itemsize) if on_gpu else 0,
+    )  # fmt: skip
+
+
+def _part(module: str) -> str:
+    """The part of the model that a module belongs to."""
+    layer = re.match(r"model\.layers\.(\d+)\.", module)
+    return f"layer {layer[1]}" if layer else {EMBED: "embedding", HEAD: "head"}[module]
 
 
 def checkpoint(config: ModelConfig) -> Tensors:

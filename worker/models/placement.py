@@ -2,71 +2,112 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
 from lorayard.shared.errors import ModelError, UsageError
 
-Devices = str | Sequence[str] | Mapping[str, str]
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+from .devices import Devices as Devices
+from .devices import named
+
 USABLE = 0.9
-"""Share of a GPU's free memory that a model and its cache may take when no limit is given."""
+"""Share of a GPU's free memory that is planned with when no limit is given."""
 
 
-def budgets(devices: Devices) -> list[tuple[torch.device, int | None]]:
-    """Devices in order with the bytes each may give; None is no limit.
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """A device and the bytes that a model, its cache and its slots may take there; None is no limit.
 
-    `devices`: "auto" (every GPU, or the CPU), a device, a list of devices, or limits such as {"cuda:0": "20GiB"}.
+    stated: by a person. Otherwise the step's workspace must fit in, too.
+    """
+
+    device: torch.device
+    limit: int | None
+    stated: bool = True
+
+    def room(self, workspace: int) -> int | None:
+        """What parts may take beside a workspace of so many bytes."""
+        return self.limit if self.stated or self.limit is None else max(0, self.limit - workspace)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What stays together on one device, in bytes. cache: its layer's pages. slots: what all LoRA slots hold of it."""
+
+    name: str
+    weights: int
+    cache: int = 0
+    slots: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.cache + self.slots
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """places: for each part, in order, the index of its budget; shorter than parts if they do not fit."""
+
+    parts: tuple[Part, ...]
+    budgets: tuple[Budget, ...]
+    workspace: int
+    places: tuple[int, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether every part has a place."""
+        return len(self.places) == len(self.parts)
+
+    def on(self, index: int) -> Part:
+        """The sum of what is on a device."""
+        found = [part for part, place in zip(self.parts, self.places, strict=False) if place == index]
+        sums = (sum(getattr(part, field) for part in found) for field in ("weights", "cache", "slots"))
+        return Part(str(self.budgets[index].device), *sums)
+
+    def devices(self) -> list[torch.device]:
+        """The device of each part. Raises ModelError, with what is needed and what there is."""
+        if not self.fits:
+            have = ", ".join(f"{each.device} {gib(each.room(self.workspace) or 0)}" for each in self.budgets)
+            raise ModelError(
+                f"model, cache and slots need {gib(sum(part.total for part in self.parts))}, the devices give {have}; "
+                "make the cache smaller or name more devices (`lorayard info MODEL` says what would fit)"
+            )
+        return [self.budgets[place].device for place in self.places]
+
+
+def plan(parts: Sequence[Part], budgets: Sequence[Budget], workspace: int = 0) -> Plan:
+    """Parts in order onto devices in order: a device is filled before the next one is begun."""
+    places: list[int] = []
+    for index, budget in enumerate(budgets):
+        room = budget.room(workspace)
+        sums = accumulate(part.total for part in parts[len(places) :])
+        places += [index for total in sums if room is None or total <= room]
+    return Plan(tuple(parts), tuple(budgets), workspace, tuple(places))
+
+
+def find_budgets(devices: Devices, absent: bool = False) -> list[Budget]:
+    """What devices there are and may give: stated limits, else a GPU's free memory. `auto` is every GPU, or the CPU.
+
+    absent: a GPU with a limit need not be there, as nothing will be loaded. Raises UsageError.
     """
     if devices == "auto":
         devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or "cpu"
-    if isinstance(devices, str):
-        devices = [devices]
-    if not devices:
-        raise UsageError("devices names no device")
-    if isinstance(devices, Mapping):
-        return [(_device(name), _bytes(limit)) for name, limit in devices.items()]
-    return [(device, _free(device)) for device in map(_device, devices)]
+    found = []
+    for name, limit in named(devices):
+        device = torch.device(name)
+        if device.type == "cuda" and not (absent and limit is not None) and device.index >= torch.cuda.device_count():
+            raise UsageError(f"there is no device {name}: torch sees {torch.cuda.device_count()} GPUs")
+        stated = limit is not None
+        if not stated and device.type == "cuda":
+            limit = int(torch.cuda.mem_get_info(device)[0] * USABLE)
+        found.append(Budget(device, limit, stated))
+    return found
 
 
-def place(sizes: Sequence[int], limits: Sequence[tuple[torch.device, int | None]]) -> list[torch.device]:
-    """A device for each part, in order: a device is filled before the next one is begun. Raises ModelError."""
-    placed: list[torch.device] = []
-    for device, limit in limits:
-        room = sum(sizes) if limit is None else limit
-        while len(placed) < len(sizes) and sizes[len(placed)] <= room:
-            room -= sizes[len(placed)]
-            placed.append(device)
-    if len(placed) < len(sizes):
-        have = ", ".join(f"{device} {(limit or 0) / 2**30:.2f} GiB" for device, limit in limits)
-        raise ModelError(
-            f"model and cache need {sum(sizes) / 2**30:.2f} GiB, the devices give {have}; "
-            "make the cache smaller or name more devices"
-        )
-    return placed
-
-
-def _device(name: str) -> torch.device:
-    if name == "cpu":
-        return torch.device("cpu")
-    match = re.fullmatch(r"cuda(?::(\d{1,3}))?", name)
-    if not match:
-        raise UsageError(f"device {name!r} must be cpu, cuda or cuda:N")
-    index = int(match[1] or 0)
-    if index >= torch.cuda.device_count():
-        raise UsageError(f"there is no device {name}: torch sees {torch.cuda.device_count()} GPUs")
-    return torch.device("cuda", index)
-
-
-def _bytes(limit: str) -> int:
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?) ?([KMG]?i?B?)", str(limit), re.IGNORECASE)
-    unit = match and match[2].upper()
-    if not match or unit not in UNITS:
-        raise UsageError(f"a device's limit must be a size such as 20GiB, not {limit!r}")
-    return int(float(match[1]) * UNITS[unit])
-
-
-def _free(device: torch.device) -> int | None:
-    return int(torch.cuda.mem_get_info(device)[0] * USABLE) if device.type == "cuda" else None
+def gib(size: int) -> str:
+    """Bytes for a person."""
+    return f"{size / 2**30:.2f} GiB" if size >= 1 << 30 else f"{size / 2**20:.1f} MiB"
