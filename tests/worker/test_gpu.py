@@ -7,14 +7,21 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lorayard.demo import ADAPTERS, BASE
+from lorayard.shared.errors import ModelError
 from lorayard.worker import Lora, Model, ModelConfig
-from lorayard.worker.linear.linear import PackedLinear
+from lorayard.worker.files import JsonFile
+from lorayard.worker.linear import formats
+from lorayard.worker.linear.linear import PackedLinear, Shape
+from lorayard.worker.linear.quantisation import Quantisation
+from lorayard.worker.linear.tensors import Tensors
 
+from ..packers import PACKERS
 from ..stepper import Sequence, Stepper
 from ..tiny import reference, reference_logits, relative, write_adapter, write_model
 
@@ -90,3 +97,17 @@ def test_auto_takes_every_gpu_and_unload_gives_memory_back() -> None:
     assert {device.type for device in model.layer_devices} == {"cuda"} and torch.cuda.memory_allocated() > before
     model.unload()
     assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.parametrize("name", [name for name in PACKERS if name.startswith(("gptq", "awq", "exl2"))])
+def test_packed_weights_are_the_same_on_cuda(name: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    tensors, section, expected = PACKERS[name](rng.normal(0, 0.1, (96, 256)).astype(np.float32), rng)
+    save_file({f"m.{part}": tensor for part, tensor in tensors.items()}, tmp_path / "m.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": section}))
+    how = Quantisation.of(JsonFile(tmp_path / "config.json", ModelError))
+    file, shape = Tensors([tmp_path / "m.safetensors"], ModelError), Shape("m", 256, 96)
+    linear = formats.read(file, shape, how, torch.device("cuda"), torch.float16)
+    assert isinstance(linear, PackedLinear) and np.array_equal(linear.dense().float().cpu().numpy(), expected)
+    x = torch.randn(5, 256, device="cuda", dtype=torch.float16)
+    assert relative(linear(x), x.float() @ linear.dense().float().T) < 2e-3
