@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 
 import click
 
@@ -25,6 +26,17 @@ Examples:
   lorayard worker /models/llama --adapters /adapters
   lorayard worker /models/llama --adapters /adapters --devices cuda:0,cuda:1 --slots 16
   lorayard worker /models/small --adapters /adapters --cpu-workers 2"""
+
+
+def model_options(command: Callable[..., int]) -> Callable[..., int]:
+    """Options that change what config.json says, named as in ModelConfig.from_directory."""
+    for name, kind, words in (
+        ("--rope-scale", click.FloatRange(1), "Divide positions by this, as linear RoPE scaling does."),
+        ("--rope-alpha", click.FloatRange(1), "Stretch RoPE's base for texts about this many times as long (NTK)."),
+        ("--max-seq-len", click.IntRange(1), "Longest text in tokens. Default: what config.json says."),
+    ):
+        command = click.option(name, type=kind, help=words)(command)
+    return command
 
 
 @click.command(epilog=EXAMPLE)
@@ -67,6 +79,7 @@ Examples:
     metavar="S",
     help="Seconds that a step may take. A worker that takes longer counts as hung, ends and is started again.",
 )
+@model_options
 @redis_options
 def worker(
     model: str,
@@ -81,6 +94,7 @@ def worker(
     hang: float,
     redis_url: str,
     prefix: str,
+    **overrides: float | None,
 ) -> int:
     """Run the workers of this host for the model in folder MODEL, one per GPU, and start again those that die.
 
@@ -94,6 +108,7 @@ def worker(
         WorkerSpec(
             gpu, "", os.path.abspath(model), tuple(map(os.path.abspath, adapters)),
             device if device == "cpu" else (device,), prefix, slots, max_batch, cache_tokens, grace, hang,
+            overrides={name: value for name, value in overrides.items() if value is not None},
         )
         for gpu, device in places(host or socket.gethostname(), cpu_workers, devices)
     ]  # fmt: skip

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from redis.exceptions import RedisError
@@ -25,11 +26,14 @@ BLOCK, BLOCKS = 1 << 16, 256
 AWAY_S = 0.5  # between tries while Redis is away
 
 
-def base_digest(model: Path) -> str:
+def base_digest(model: Path, overrides: Mapping[str, float] = MappingProxyType({})) -> str:
     """blake2b of 16 bytes, in hex, of a model folder: its config, its tokenizer, and of each weights file the name, the
-    size and 256 blocks of 64 KiB spread over it (all of it up to 16 MiB), since reading all would take minutes.
+    size and 256 blocks of 64 KiB spread over it (all of it up to 16 MiB), since reading all would take minutes; and of
+    what the worker's command line puts in the place of the config's.
     """
     digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(overrides):
+        digest.update(f"{name} {overrides[name]}\n".encode())
     for path in [*(model / name for name in SMALL_FILES), *sorted(model.glob("*.safetensors"))]:
         if path.is_file():
             size = path.stat().st_size

@@ -71,7 +71,7 @@ def _serve(spec: WorkerSpec, worker: GpuWorker) -> None:
 
     path = Path(spec.model)
     tokenizer = Tokenizer.from_directory(path)
-    config = ModelConfig.from_directory(path)
+    config = ModelConfig.from_directory(path, **spec.overrides)
     model = Model(config)
     on_cpu = spec.devices == "cpu"
     cache = Cache(model, spec.cache_tokens, dtype="fp32" if on_cpu else "fp16")
@@ -79,7 +79,7 @@ def _serve(spec: WorkerSpec, worker: GpuWorker) -> None:
     model.load(cache, spec.devices if isinstance(spec.devices, str) else list(spec.devices), pace)
     generator = Generator(model, cache, tokenizer, max_batch=spec.max_batch, slots=spec.slots)
     generator.warmup()
-    digest = facts.base_digest(path)
+    digest = facts.base_digest(path, spec.overrides)
     fields = facts.info(
         path, digest, generator.capacity, config.max_seq_len, config.vocab_size, spec.slots, spec.max_batch,
         generator.bank.max_rank, tokenizer.has_chat_template,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 MAX_BATCH = 64
 SLOTS = 8
@@ -36,6 +36,8 @@ class WorkerSpec:
     """How long a step may take before the engine counts as hung, and the worker ends with status HUNG."""
     holder: str = ""
     """Under which name the supervisor publishes the adapters that this worker can read."""
+    overrides: dict[str, float] = field(default_factory=dict)
+    """See ModelConfig.from_directory."""
 
     def dump(self) -> str:
         """As one argument of a command."""

@@ -27,7 +27,9 @@ from lorayard.worker.queue.supervisor import AdapterList
 
 def test_a_spec_survives_the_command_line():
     for devices in ("cpu", ("cuda:0", "cuda:1")):
-        spec = WorkerSpec("gpu-a-0", "gpu-a-0.abc", "/model", ("/a b", "/c"), devices, slots=3)
+        spec = WorkerSpec(
+            "gpu-a-0", "gpu-a-0.abc", "/model", ("/a b", "/c"), devices, slots=3, overrides={"rope_alpha": 2.5}
+        )
         assert WorkerSpec.load(spec.dump()) == spec
 
 
@@ -86,13 +88,13 @@ def test_adapters_are_published_as_they_come_change_and_go(redis, tmp_path, capl
 def test_the_digest_of_a_base_sees_every_file(tmp_path):
     folder = tmp_path / "base"
     shutil.copytree(BASE, folder)
-    digests = {facts.base_digest(BASE)}
+    digests = {facts.base_digest(BASE), *(facts.base_digest(BASE, {"rope_alpha": alpha}) for alpha in (1.0, 2.0))}
     assert facts.base_digest(folder) in digests
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         data = (folder / name).read_bytes()
         (folder / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         digests.add(facts.base_digest(folder))
-    assert len(digests) == 4
+    assert len(digests) == 6
 
 
 def test_a_yard_has_one_base(redis):
