@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import random
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from lorayard.shared.errors import AdapterError, LorayardError, NotSupported, UsageError
 from lorayard.worker import Lora, Model, ModelConfig
+from lorayard.worker.lora.pickled import MAX_PICKLE, BinFile
 
 from ..tiny import write_adapter, write_model
 
@@ -156,6 +159,63 @@ def test_a_bin_file_that_runs_code_or_holds_lists(model: Model, folder: Path) ->
     for content in ({"x": Hostile()}, [torch.ones(1)], {"x": torch.ones(1, dtype=torch.complex64)}, sparse):
         torch.save(content, folder / "adapter_model.bin")
         refuse(model, folder, AdapterError, "adapter_model.bin")
+
+
+def test_changed_bin_files_are_refused_or_read(tmp_path: Path) -> None:
+    """Bytes of the pickle and of the archive replaced, lost and doubled."""
+    path, draw = tmp_path / "adapter_model.bin", random.Random(6)
+    torch.save({f"model.layers.{i}.lora_A.weight": torch.randn(4, 8) for i in range(5)}, path)
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        files = {info.filename: archive.read(info) for info in archive.infolist()}
+    outcomes = []
+    for turn in range(600):
+        if turn % 3:
+            with zipfile.ZipFile(path, "w") as archive:
+                for name, data in files.items():
+                    archive.writestr(name, changed(draw, data) if name.endswith("data.pkl") else data)
+        else:
+            path.write_bytes(changed(draw, whole))
+        try:
+            file = BinFile(path)
+            outcomes.append([file.read(name).shape for name, entry in file.entries.items() if entry.shape == (4, 8)])
+        except AdapterError as reason:
+            assert str(path) in str(reason) and "\n" not in str(reason)
+    assert 0 < len(outcomes) < 300
+
+
+def changed(draw: random.Random, data: bytes) -> bytes:
+    """One to six small changes."""
+    buffer = bytearray(data)
+    for _ in range(draw.randint(1, 6)):
+        at, size = draw.randrange(len(buffer)), draw.randint(1, 20)
+        buffer[at : at + draw.choice((0, size))] = draw.choice((b"", bytes([draw.randrange(256)]), buffer[:size]))
+    return bytes(buffer)
+
+
+PROGRAMS = {
+    "many values": b"N" * (MAX_PICKLE - 3) + b".",
+    "deep value": b")" + b"\x85" * (MAX_PICKLE - 8) + b"N}s.",
+    "deep key": b"})" + b"\x85" * (MAX_PICKLE - 8) + b"Ns.",
+    "deep function": b")" + b"\x85" * (MAX_PICKLE - 8) + b")R.",
+    "too long": b"N" * MAX_PICKLE + b".",
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs_that_would_cost_much(name: str, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.bin", "w") as archive:
+        archive.writestr("x/data.pkl", b"\x80\x02" + PROGRAMS[name])
+    with pytest.raises(AdapterError, match="x.bin is not a plain file of tensors"):
+        BinFile(tmp_path / "x.bin")
+
+
+def test_an_archive_of_very_many_files(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.bin", "w") as archive:
+        for i in range(12_000):
+            archive.writestr(f"x/{i}", b"")
+    with pytest.raises(AdapterError, match="its list of files has"):
+        BinFile(tmp_path / "x.bin")
 
 
 def rename(tensors: dict[str, Tensor], old: str, new: str) -> None:

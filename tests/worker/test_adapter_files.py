@@ -110,7 +110,7 @@ def test_every_kind_of_tensor_that_torch_saves(tmp_path: Path) -> None:
         parameter=torch.nn.Parameter(torch.randn(3)), steps=torch.randn(1, 300)[:, ::3], scalar=torch.tensor(2.0),
     )  # fmt: skip
     state._metadata = {"": {"version": 1}}  # type: ignore[attr-defined]
-    for content in (state, dict(state), {f"k{i}": torch.randn(2) for i in range(700)}):
+    for content in (state, dict(state), {f"k{i}": torch.randn(2) for i in range(2500)}):
         torch.save(content, tmp_path / "adapter_model.bin")
         file = BinFile(tmp_path / "adapter_model.bin")
         assert list(file.entries) == list(content)
@@ -120,7 +120,7 @@ def test_every_kind_of_tensor_that_torch_saves(tmp_path: Path) -> None:
 
 def test_a_bin_file_from_before_zips_is_refused_with_the_way_out(tmp_path: Path) -> None:
     torch.save({"x": torch.ones(2)}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
-    with pytest.raises(AdapterError, match=r"not a zip file; .*\.save_pretrained\(NEW\) writes it as safetensors"):
+    with pytest.raises(AdapterError, match=r"it is no zip file.*; .*\.save_pretrained\(NEW\) writes it as safetensors"):
         BinFile(tmp_path / "old.bin")
 
 

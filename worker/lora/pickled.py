@@ -25,9 +25,11 @@ from ..linear.tensors import Entry
 DTYPES = {"HalfStorage": "F16", "BFloat16Storage": "BF16", "FloatStorage": "F32", "DoubleStorage": "F64",
           "LongStorage": "I64", "IntStorage": "I32", "CharStorage": "I8"}  # fmt: skip
 TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-MAX_PICKLE = 64 << 20
+MAX_PICKLE = MAX_DIRECTORY = 1 << 19
+MAX_STEPS = 120_000
+"""Bytes of the pickle and of the archive's list of files, instructions of the pickle: enough for 3,000 tensors."""
 MARK: Any = object()
-BROKEN = (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, struct.error, RuntimeError)
+BROKEN = (OSError, EOFError, ValueError, zipfile.BadZipFile, NotImplementedError, struct.error, RuntimeError)
 """What zipfile raises for archives that are malformed or encrypted, and we for what tensors do not need."""
 PUSH = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINFLOAT"}
 CONSTANTS: dict[str, Callable[[], Any]] = {
@@ -65,6 +67,7 @@ class BinFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            _check_directory(path)
             self._archive = zipfile.ZipFile(path)
             self._found = self._places()
         except BROKEN as reason:
@@ -91,7 +94,7 @@ class BinFile:
         if "byteorder" in self._infos and self._stored("byteorder", 6) != b"little":
             raise ValueError("its numbers are not little-endian")
         found = _run(self._stored("data.pkl"))
-        if not isinstance(found, dict) or not all(type(name) is str for name in found):
+        if not isinstance(found, dict):
             raise ValueError("it holds no dict of tensors")
         for name, place in found.items():
             if not isinstance(place, Place) or not _inside(place):
@@ -111,9 +114,29 @@ class BinFile:
 
     def _error(self, what: str) -> AdapterError:
         return AdapterError(
-            f"{self.path} is not a plain file of tensors: {what}; in a Python that has peft, "
+            f"{self.path} is not a plain file of tensors: {' '.join(what.split())}; in a Python that has peft, "
             "PeftModel.from_pretrained(BASE, ADAPTER).save_pretrained(NEW) writes it as safetensors"
         )
+
+
+def _check_directory(path: Path) -> None:
+    """Refuse a list of files that zipfile would make objects of for minutes; it reads the whole list at once.
+
+    An archive ends with the end of its directory (22 bytes), and torch's with zip64's record and locator before it.
+    """
+    with path.open("rb") as file:
+        total = file.seek(0, 2)
+        file.seek(max(0, total - 98))
+        tail = file.read(98).rjust(98)
+    if tail[76:80] != b"PK\5\6":
+        raise zipfile.BadZipFile("it is no zip file, or there is something behind its end")
+    size = int.from_bytes(tail[88:92], "little")
+    if tail[56:60] == b"PK\6\7":
+        if tail[:4] != b"PK\6\6" or int.from_bytes(tail[64:72], "little") != total - 98:
+            raise zipfile.BadZipFile("its zip64 record is not where it should be")
+        size = max(size, int.from_bytes(tail[40:48], "little"))
+    if size > MAX_DIRECTORY:
+        raise ValueError(f"its list of files has {size} bytes, more than {MAX_DIRECTORY}")
 
 
 def _inside(place: Place) -> bool:
@@ -130,8 +153,10 @@ def _run(program: bytes) -> Any:
     stack: list[Any] = []
     memo: dict[Any, Any] = {}
     try:
-        for opcode, argument, _ in pickletools.genops(program):
+        for step, (opcode, argument, _) in enumerate(pickletools.genops(program)):
             name = opcode.name
+            if step > MAX_STEPS:
+                raise ValueError(f"its pickle has more than {MAX_STEPS:,} instructions")
             if name == "STOP":
                 return stack.pop()
             if name in PUSH:
@@ -177,29 +202,33 @@ def _combine(name: str, stack: list[Any]) -> None:
 
 
 def _to_mark(stack: list[Any]) -> list[Any]:
-    at = next(i for i in range(len(stack) - 1, -1, -1) if stack[i] is MARK)
+    at = next((i for i in range(len(stack) - 1, -1, -1) if stack[i] is MARK), None)
+    if at is None:
+        raise IndexError
     items = stack[at + 1 :]
     del stack[at:]
     return items
 
 
 def _fill(target: Any, items: list[Any]) -> None:
-    if not isinstance(target, dict):
-        raise TypeError(target)
+    if not isinstance(target, dict) or not all(type(key) is str for key in items[::2]):
+        raise ValueError("it holds no dict of tensors")
     target.update(zip(items[::2], items[1::2], strict=True))
 
 
 def _storage(name: Any) -> _Storage:
     kind, storage, key, _, size = name
-    dtype = DTYPES.get(str(storage).removeprefix("torch "))
     if kind != "storage" or not isinstance(storage, _Name) or type(key) is not str or type(size) is not int:
         raise TypeError(name)
+    dtype = DTYPES.get(storage.removeprefix("torch "))
     if dtype is None:
-        raise ValueError(f"it has numbers of {str(storage)[:60]}")
+        raise ValueError(f"it has numbers of {storage[:60]}")
     return _Storage(dtype, key, size)
 
 
 def _call(function: Any, arguments: Any) -> Any:
+    if not isinstance(function, _Name):
+        raise TypeError(function)
     match function:
         case "torch._utils _rebuild_tensor_v2" if isinstance(arguments[0], _Storage):
             storage, offset, shape, strides = arguments[:4]
@@ -208,4 +237,4 @@ def _call(function: Any, arguments: Any) -> Any:
             return arguments[0]
         case "collections OrderedDict" if arguments == ():
             return {}
-    raise ValueError(f"its pickle calls {str(function)[:60]!r}")
+    raise ValueError(f"its pickle calls {function[:60]!r}")
