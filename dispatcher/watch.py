@@ -35,10 +35,8 @@ Examples:
   lorayard top | grep '^gpu'"""
 
 
-@click.command(epilog="Example: LORAYARD_REDIS_URL=redis://127.0.0.1:6390/0 lorayard info", context_settings=HELP)
-@redis_options
-def info(redis_url: str, prefix: str) -> None:
-    """Show a running yard: its model, each GPU with its queue and slots, and the jobs that wait."""
+def show_yard(redis_url: str, prefix: str) -> None:
+    """`lorayard info`: a running yard's model, each GPU with its queue and slots, and the jobs that wait."""
     yard = look(connect(redis_url), Keys(prefix))
     if not yard.info:
         raise LorayardError(f"no worker has joined a yard at {display(redis_url)} with prefix {prefix}")

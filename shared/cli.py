@@ -18,7 +18,7 @@ COMMANDS = {
     "submit": ("lorayard.dispatcher.commands:submit", "Send a prompt to a running yard and print the answer."),
     "generate": ("lorayard.worker.generate.command:generate", "Answer a prompt with the engine alone, without Redis."),
     "cancel": ("lorayard.dispatcher.commands:cancel", "End jobs that wait or run."),
-    "info": ("lorayard.dispatcher.watch:info", "Show the yard: model, workers, slots, queues."),
+    "info": ("lorayard.shared.info:info", "Show the yard, or what a model would take of each device."),
     "top": ("lorayard.dispatcher.watch:top", "Watch the yard, refreshed every second."),
     "adapters": ("lorayard.shared.cli:adapters", "List the adapters that jobs may name, or check an adapter's folder."),
     "corpus": ("lorayard.dispatcher.corpus.commands:corpus", "Generate a text for every row of a file, each once."),

@@ -82,17 +82,22 @@ class Contents:
         return None if name is None else self.weights.read(name).float()
 
     def slot_bytes(self, itemsize: int) -> int:
-        """Bytes of the adapter alone in a slot, for weights of `itemsize`; gains and offsets are always float32."""
-        rank, total = rank_class(max(self.ranks.values())), 0
+        """Bytes of the adapter alone in a slot, for weights of `itemsize`."""
+        return sum(self.module_bytes(itemsize).values())
+
+    def module_bytes(self, itemsize: int) -> dict[str, int]:
+        """The same by module; gains and offsets are always float32."""
+        rank, found = rank_class(max(self.ranks.values())), {}
         for module, parts in self.modules.items():
             shape = self.shapes[module]
             inputs, outputs = shape.in_features, shape.out_features
-            total += rank * (inputs + outputs) * itemsize if "A" in parts else 0
-            total += inputs * outputs * itemsize if "weight" in parts and module in self.config.saved else 0
-            total += len(self.config.tokens.get(module, ())) * (self.shapes[OUTPUT].in_features * itemsize + 8)
+            size = rank * (inputs + outputs) * itemsize if "A" in parts else 0
+            size += inputs * outputs * itemsize if "weight" in parts and module in self.config.saved else 0
+            size += len(self.config.tokens.get(module, ())) * (self.shapes[OUTPUT].in_features * itemsize + 8)
             gain = "magnitude" in parts
-            total += 4 * outputs * (gain + bool(parts.keys() & {"bias", "B.bias"} or (gain and shape.bias)))
-        return total
+            size += 4 * outputs * (gain + bool(parts.keys() & {"bias", "B.bias"} or (gain and shape.bias)))
+            found[module] = size
+        return found
 
     def features(self) -> list[str]:
         """What the adapter uses beyond A and B of the layers' linears, in the words of adapter_config.json."""
