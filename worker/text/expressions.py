@@ -11,7 +11,7 @@ from jinja2 import Undefined, nodes
 
 from .budget import MAX_DEPTH, Budget, OverBudget, TemplateFault
 from .filters import FILTERS, GLOBALS, METHODS, TESTS, to_dict
-from .operations import BINARY, Operation, compare, items_of, pick, text_of
+from .operations import BINARY, Lazy, Operation, compare, eager, items_of, pick, text_of
 
 SELECTORS = {"select": (True, False), "reject": (False, False), "selectattr": (True, True), "rejectattr": (False, True)}
 """Filters that keep what passes a test: (the outcome that is kept, whether an attribute is tested)."""
@@ -164,7 +164,7 @@ class Expressions(ABC):
         key = self.evaluate(node.arg, scope)
         if isinstance(value, dict):
             self.budget.weigh(key)
-        if isinstance(value, dict | list | tuple | str):
+        if isinstance(value, dict | list | tuple | str) and not isinstance(value, Lazy):
             try:
                 return value[key]
             except (LookupError, TypeError):
@@ -173,7 +173,7 @@ class Expressions(ABC):
 
     def sliced(self, value: Any, node: nodes.Slice, scope: Scope) -> Any:
         """A part of a text or list."""
-        if not isinstance(value, str | list | tuple):
+        if not isinstance(eager(value), str | list | tuple):
             raise TemplateFault(f"a {type(value).__name__} cannot be sliced")
         self.budget.spend(len(value))
         bounds: list[Any] = [part and self.evaluate(part, scope) for part in (node.start, node.stop, node.step)]
@@ -238,16 +238,16 @@ class Expressions(ABC):
         if name == "map" and "attribute" in named:
             default = named.get("default", Undefined(name=str(named["attribute"])))
             found = [pick(item, named["attribute"]) for item in items_of(self.budget, value)]
-            return [default if isinstance(item, Undefined) else item for item in found]
+            return Lazy(default if isinstance(item, Undefined) else item for item in found)
         if name == "map":
             filter_name, *rest = args
-            return [self.apply_filter(filter_name, item, rest, named) for item in items_of(self.budget, value)]
+            return Lazy(self.apply_filter(filter_name, item, rest, named) for item in items_of(self.budget, value))
         if name in SELECTORS:
             wanted, by_attribute = SELECTORS[name]
             attribute, *rest = args if by_attribute else [None, *args]
             test, *values = rest or ["truthy"]
             items = items_of(self.budget, value)
-            return [item for item in items if self.passes(test, pick(item, attribute), values) == wanted]
+            return Lazy(item for item in items if self.passes(test, pick(item, attribute), values) == wanted)
         if name not in FILTERS:
             raise TemplateFault(f"the filter {str(name)[:80]} is not supported")
         return FILTERS[name](self.budget, value, *args, **named)

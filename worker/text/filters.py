@@ -17,8 +17,10 @@ from jinja2.filters import do_title
 
 from .budget import Budget, MessagesRefused, TemplateFault
 from .operations import (
+    Lazy,
     Operation,
     compare,
+    eager,
     format_fields,
     format_percent,
     indent,
@@ -149,7 +151,7 @@ def _unique(budget: Budget, value: Any, case_sensitive: bool = False, attribute:
     key = _sort_key(case_sensitive, attribute)
     for item in items_of(budget, value):
         seen.setdefault(key(item), item)
-    return list(seen.values())
+    return Lazy(seen.values())
 
 
 def _default(budget: Budget, value: Any, default_value: Any = "", boolean: bool = False) -> Any:
@@ -174,10 +176,10 @@ def _to_float(budget: Budget, value: Any, default: Any = 0.0) -> Any:
         return default
 
 
-def _rounded(budget: Budget, value: Any, precision: int = 0, method: str = "common") -> float:
+def _rounded(budget: Budget, value: Any, precision: int = 0, method: str = "common") -> Any:
     number(value)
     if method == "common":
-        return float(round(value, precision))
+        return round(value, precision)
     return float(getattr(math, {"ceil": "ceil", "floor": "floor"}[method])(value * 10**precision) / 10**precision)
 
 
@@ -193,6 +195,8 @@ def _title(budget: Budget, value: Any) -> str:
 
 def _edge(position: int) -> Operation:
     def call(budget: Budget, values: Any) -> Any:
+        if isinstance(values, Lazy) and position == 0 and len(values):
+            return values.pop(0)
         held = items_of(budget, values)
         return held[position] if held else Undefined(f"the {'last' if position else 'first'} element of nothing")
 
@@ -211,7 +215,7 @@ FILTERS: dict[str, Operation] = {
     "abs": lambda budget, value: abs(number(value)),
     "capitalize": _text_filter(str.capitalize),
     "center": _padded(str.center),
-    "count": lambda budget, value: len(value),
+    "count": lambda budget, value: len(eager(value)),
     "d": _default,
     "default": _default,
     "dictsort": _by_key,
@@ -220,16 +224,16 @@ FILTERS: dict[str, Operation] = {
     "format": format_percent,
     "indent": indent,
     "int": _to_int,
-    "items": pairs_of,
+    "items": lambda budget, value: Lazy(pairs_of(budget, value)),
     "join": join,
     "last": _edge(-1),
-    "length": lambda budget, value: len(value),
+    "length": lambda budget, value: len(eager(value)),
     "list": items_of,
     "lower": _text_filter(str.lower),
     "max": _extreme(-1),
     "min": _extreme(0),
     "replace": replace,
-    "reverse": lambda budget, value: value[::-1] if isinstance(value, str) else items_of(budget, value)[::-1],
+    "reverse": lambda budget, value: value[::-1] if isinstance(value, str) else Lazy(items_of(budget, value)[::-1]),
     "round": _rounded,
     "safe": lambda budget, value: text_of(budget, value),
     "sort": _ordered,

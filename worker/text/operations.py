@@ -113,6 +113,15 @@ def compare(budget: Budget, name: str, left: Any, right: Any) -> Any:
     return COMPARE[name](left, right)
 
 
+class Lazy(list[Any]):
+    """What Jinja makes one element at a time, as `map` and `select` do: true even if empty, without a length and an
+    index, and gone when it was read.
+    """
+
+    def __bool__(self) -> bool:
+        return True
+
+
 def items_of(budget: Budget, value: Any) -> list[Any]:
     """What a loop over `value` sees: elements, characters or keys; nothing for an undefined value."""
     if isinstance(value, Undefined):
@@ -120,7 +129,17 @@ def items_of(budget: Budget, value: Any) -> list[Any]:
     if not isinstance(value, str | list | tuple | dict):
         raise TemplateFault(f"a {type(value).__name__} is not a list")
     budget.elements(len(value))
-    return list(value)
+    items = list(value)
+    if isinstance(value, Lazy):
+        value.clear()
+    return items
+
+
+def eager(value: Any) -> Any:
+    """The value, if it is one that has a length and can be printed."""
+    if isinstance(value, Lazy):
+        raise TemplateFault("what a filter makes one by one must be made a list first")
+    return value
 
 
 def text_of(budget: Budget, value: Any) -> str:
@@ -128,7 +147,7 @@ def text_of(budget: Budget, value: Any) -> str:
     if isinstance(value, str):
         budget.spend(len(value))
         return value
-    if isinstance(value, list | tuple | dict):
+    if isinstance(eager(value), list | tuple | dict):
         budget.weigh(value, indent=8)
     elif not isinstance(value, int | float | Undefined | None):
         raise TemplateFault(f"a {type(value).__name__} cannot be printed")
@@ -200,5 +219,5 @@ def to_json(
         raise TemplateFault("tojson indents by 0 to 16")
     if any(len(separator) > 8 for separator in separators or ()):
         raise TemplateFault("tojson takes separators of at most 8 characters")
-    budget.weigh(value, indent=8 + (indent or 0))
+    budget.weigh(eager(value), indent=8 + (indent or 0))
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
