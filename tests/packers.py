@@ -3,12 +3,16 @@ each format, which shares nothing with the engine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import json
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 Packed = tuple[dict[str, Tensor], dict[str, Any], np.ndarray]
@@ -142,3 +146,26 @@ PACKERS: dict[str, Packer] = {
     **{f"exl2-{bits}bit": partial(exl2, rates=(bits,)) for bits in (2, 3, 4, 5, 6, 8)},
 }
 """Every format and flavour. Sizes of the weight are multiples of 32, but for EXL2's outputs."""
+MIXABLE = [name for name in PACKERS if "v2" not in name and "one-group" not in name]
+"""Those that one `quantization_config` describes together."""
+
+
+def pack_model(source: Path, packed: Path, exact: Path, flavours: Sequence[str], seed: int = 0) -> None:
+    """From the float model in `source`: one with its linears packed, by one flavour or several of MIXABLE in turn, and
+    one of float32 that has the weights that the packed ones mean."""
+    rng, section = np.random.default_rng(seed), dict[str, Any]()
+    tensors = load_file(source / "model.safetensors")
+    floats = {name: tensor.float() for name, tensor in tensors.items()}
+    linears = sorted(name for name in tensors if name.endswith(("proj.weight", "lm_head.weight")))
+    for name, flavour in zip(linears, itertools.cycle(flavours), strict=False):
+        parts, section, weight = PACKERS[flavour](floats[name].numpy(), rng)
+        del tensors[name]
+        tensors |= {f"{name.removesuffix('weight')}{part}": tensor.contiguous() for part, tensor in parts.items()}
+        floats[name] = torch.from_numpy(np.ascontiguousarray(weight))
+    if len(flavours) > 1:
+        section = {"quant_method": "gptq", "group_size": GROUP}
+    config = json.loads((source / "config.json").read_text()) | {"dtype": "float32"}
+    for path, stored, extra in (packed, tensors, {"quantization_config": section}), (exact, floats, {}):
+        path.mkdir()
+        save_file(stored, path / "model.safetensors", {"format": "pt"})
+        (path / "config.json").write_text(json.dumps(config | (extra if section else {})))

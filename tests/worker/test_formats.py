@@ -21,8 +21,8 @@ from lorayard.worker.linear.linear import Linear, PackedLinear, Shape
 from lorayard.worker.linear.quantisation import Quantisation
 from lorayard.worker.linear.tensors import Tensors
 
-from ..packers import PACKERS, stream
-from ..tiny import write_model
+from ..packers import MIXABLE, PACKERS, pack_model, stream
+from ..tiny import reference, reference_logits, relative, write_model
 
 CPU = torch.device("cpu")
 SIZES = [(96, 64), (32, 160), (160, 128)]
@@ -160,23 +160,18 @@ def test_settings_beside_the_config(name: str, beside: str, section: dict[str, A
     assert np.array_equal(loaded(file, how, Shape("m", 64, 64)).dense().numpy(), expected)
 
 
-def test_a_model_of_every_format(tmp_path: Path) -> None:
-    """Each linear of its own format; the config's group size and zero points hold for all that need them."""
-    path = write_model(tmp_path / "mixed", num_hidden_layers=2)
-    tensors, rng, expected = load_file(path / "model.safetensors"), np.random.default_rng(7), {}
-    names = [name.removesuffix(".weight") for name in tensors if name.endswith(("proj.weight", "lm_head.weight"))]
-    flavours = [name for name in PACKERS if "v2" not in name and "one-group" not in name]
-    for i, name in enumerate(sorted(names)):
-        packed, _, exact = PACKERS[flavours[i % len(flavours)]](tensors.pop(f"{name}.weight").numpy(), rng)
-        tensors |= {f"{name}.{part}": tensor.contiguous() for part, tensor in packed.items()}
-        expected[name] = exact
-    save_file(tensors, path / "model.safetensors")
-    config = json.loads((path / "config.json").read_text())
-    section = {"quant_method": "gptq", "group_size": 32, "checkpoint_format": "gptq"}
-    (path / "config.json").write_text(json.dumps(config | {"quantization_config": section}))
-    model = Model(ModelConfig.from_directory(path))
+@pytest.mark.parametrize("flavours", [MIXABLE, ["gptq-3bit-v2"], ["exl2"]], ids=["mixed", "gptq", "exl2"])
+def test_a_model_against_transformers(flavours: list[str], tmp_path: Path) -> None:
+    """Mixed: each linear of its own format; the config's group size holds for all that need one."""
+    source, packed, exact = (tmp_path / name for name in ("source", "packed", "exact"))
+    pack_model(write_model(source, num_hidden_layers=3), packed, exact, flavours)
+    model = Model(ModelConfig.from_directory(packed))
     model.load(devices="cpu")
-    assert model.head is not None and set(expected) == {*model.linears, "lm_head"}
-    for name, linear in {**model.linears, "lm_head": model.head}.items():
-        assert np.array_equal(linear.dense().numpy(), expected[name]), name
-    assert model.logits([5, 6, 7]).isfinite().all()
+    assert model.head is not None
+    for name, weight in load_file(exact / "model.safetensors").items():
+        linear = {**model.linears, "lm_head": model.head}.get(name.removesuffix(".weight"))
+        assert linear is None or torch.equal(linear.dense(), weight), name
+    ids = list(range(3, 40))
+    expected = reference_logits(reference(exact, []), ids)
+    assert relative(model.logits(ids), expected) < 1e-4
+    assert relative(reference_logits(reference(source, []), ids), expected) > 0.01
