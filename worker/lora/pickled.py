@@ -12,6 +12,7 @@ import struct
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -153,10 +154,8 @@ def _run(program: bytes) -> Any:
     stack: list[Any] = []
     memo: dict[Any, Any] = {}
     try:
-        for step, (opcode, argument, _) in enumerate(pickletools.genops(program)):
+        for opcode, argument, _ in islice(pickletools.genops(program), MAX_STEPS):
             name = opcode.name
-            if step > MAX_STEPS:
-                raise ValueError(f"its pickle has more than {MAX_STEPS:,} instructions")
             if name == "STOP":
                 return stack.pop()
             if name in PUSH:
@@ -173,7 +172,7 @@ def _run(program: bytes) -> Any:
                 _combine(name, stack)
     except (IndexError, KeyError, TypeError, AttributeError):
         raise ValueError("its pickle is malformed") from None
-    raise ValueError("its pickle has no end")
+    raise ValueError(f"its pickle has no end, or more than {MAX_STEPS:,} instructions")
 
 
 def _combine(name: str, stack: list[Any]) -> None:
