@@ -36,9 +36,11 @@ def worker_options(function: Decorated) -> Decorated:
     for name, kind, text in reversed([
         ("--cpu-workers", click.IntRange(0), "Run this many workers on the CPU."),
         ("--devices", str, "GPUs to use, such as cuda:0,cuda:1. Default: all."),
+        ("--gpu-split", str, "GiB of each GPU that a worker is spread over, such as 20,20."),
         ("--slots", click.IntRange(1), "Combinations of adapters resident on a worker at once."),
         ("--max-batch", click.IntRange(1), "Jobs that a worker runs at once."),
         ("--cache-tokens", click.IntRange(256), "Tokens of K/V cache of a worker."),
+        ("--cache-dtype", str, "fp16, bf16, fp32, q8, q6 or q4."),
         ("--host", str, "Name of this host in the names of its workers."),
     ]):  # fmt: skip
         function = click.option(name, type=kind, help=text)(function)

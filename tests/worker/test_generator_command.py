@@ -27,6 +27,14 @@ def test_a_weighted_sum_and_a_stop_string(capsys: pytest.CaptureFixture[str]) ->
     assert isinstance(json.loads(text + "}")["answer"], str)
 
 
+def test_a_split_model_with_a_quantised_cache(capsys: pytest.CaptureFixture[str]) -> None:
+    devices = ["--devices", "cpu=10MiB,cpu=10MiB", "--cache-dtype", "q8", "--cache-tokens", "512"]
+    assert run([*DEMO[:-2], *devices, "--adapter", "shout", "What does len do?"]) == 0
+    split = capsys.readouterr().out
+    assert run([*DEMO, *devices[2:], "--adapter", "shout", "What does len do?"]) == 0
+    assert split == capsys.readouterr().out and split.isupper()
+
+
 def test_the_same_seed_gives_the_same_text(capsys: pytest.CaptureFixture[str]) -> None:
     texts = []
     for seed in ("1", "1", "2"):
@@ -65,6 +73,8 @@ def test_samples_settings_and_banned_text(capsys: pytest.CaptureFixture[str]) ->
         ([*DEMO, "--adapter", "../x", "x"], 1, "adapter id '../x' must match"),
         ([*DEMO, "--temperature", "-1", "x"], 1, "temperature must be between 0 and 100"),
         ([*DEMO, "--max-tokens", "5000", "x"], 1, "together they may be at most 2048"),
+        ([*DEMO, "--cache-dtype", "q5", "x"], 2, "one of fp16, bf16, fp32, q8, q6, q4, not 'q5'"),
+        ([*DEMO, "--gpu-split", "20,20", "x"], 2, "--gpu-split has 2 sizes for 1 devices: cpu"),
         ([*DEMO, "--max-tokens", "0", "x"], 2, "--max-tokens"),
         ([*DEMO[:-1], "tpu", "x"], 2, "device 'tpu'"),
     ],

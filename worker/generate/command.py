@@ -20,9 +20,9 @@ from ..cache.storage import Cache
 from ..lora.folders import scan
 from ..lora.peft import Lora
 from ..models.config import ModelConfig
+from ..models.devices import over
 from ..models.loading import Pace
 from ..models.model import Model
-from ..models.placement import Devices
 from ..text.tokenizer import Tokenizer
 from .generator import Generator, Handle
 
@@ -50,10 +50,13 @@ DEFAULT_MAX_TOKENS = 256
 @click.option("--stop", multiple=True, help="Text that ends the answer; may be given several times.")
 @click.option("--chat", is_flag=True, help="Put each prompt into the model's chat template.")
 @click.option("--devices", default="auto", show_default=True, help="cpu, or cuda:0,cuda:1 or cuda:0=20GiB,cuda:1=8GiB.")
+@click.option("--gpu-split", metavar="GIB,...", help="GiB of each GPU in order, such as 20,8.")
+@click.option("--cache-tokens", type=click.IntRange(1), default=32768, show_default=True, help="Tokens of K/V cache.")
+@click.option("--cache-dtype", default="fp16", show_default=True, help="fp16, bf16, fp32, q8, q6 or q4.")
 def generate(
     arguments: tuple[str, ...], demo: bool, roots: tuple[Path, ...], adapter: str, max_tokens: int | None,
     preset: str, settings: tuple[str, ...], samples: int, ban: tuple[str, ...], heal: bool, stop: tuple[str, ...],
-    chat: bool, devices: str, **sampling: float | None,
+    chat: bool, devices: str, gpu_split: str | None, cache_tokens: int, cache_dtype: str, **sampling: float | None,
 ) -> None:  # fmt: skip
     """Answer prompts with the engine alone: no Redis, no queue. Several prompts run in one batch.
 
@@ -73,8 +76,8 @@ def generate(
         for prompt in prompts
     ]
     model = Model(ModelConfig.from_directory(folder))
-    cache = Cache(model)
-    model.load(cache, _devices(devices), _progress())
+    cache = Cache(model, cache_tokens, cache_dtype)
+    model.load(cache, over(devices, gpu_split), _progress())
     generator = Generator(model, cache, tokenizer)
     loras = _read_adapters(model, lora_set, [*roots, *([ADAPTERS] if demo else [])])
     limits = [max_tokens or max(1, min(DEFAULT_MAX_TOKENS, generator.capacity - len(ids))) for ids in encoded]
@@ -110,15 +113,6 @@ def _read_settings(settings: Sequence[str]) -> dict[str, Any]:
             value = [(int(id) if id.isdecimal() else id, bias) for id, bias in value.items()]
         read[name] = tuple(value) if isinstance(value, list) else value
     return read
-
-
-def _devices(text: str) -> Devices:
-    """`auto` or one device as it is, several as a list, those with limits as a map."""
-    names = text.split(",")
-    if "=" in text:
-        pairs = [name.partition("=") for name in names]
-        return {name: limit for name, _, limit in pairs}
-    return names if len(names) > 1 else text
 
 
 def _read_adapters(model: Model, lora_set: LoraSet, roots: Sequence[Path]) -> list[tuple[Lora, float]]:

@@ -10,8 +10,7 @@ import torch
 
 from lorayard.shared.errors import ModelError, UsageError
 
-from .devices import Devices as Devices
-from .devices import named
+from .devices import Devices, named
 
 USABLE = 0.9
 """Share of a GPU's free memory that is planned with when no limit is given."""

@@ -18,6 +18,7 @@ from lorayard.shared.errors import UsageError
 from lorayard.shared.keys import Keys
 from lorayard.shared.scripts import Scripts
 
+from ..models.devices import limited
 from .spec import CACHE_TOKENS, GRACE_S, HANG_S, MAX_BATCH, SLOTS, WorkerSpec, gpu_name
 from .supervisor import Supervisor
 
@@ -25,6 +26,7 @@ EXAMPLE = """\b
 Examples:
   lorayard worker /models/llama --adapters /adapters
   lorayard worker /models/llama --adapters /adapters --devices cuda:0,cuda:1 --slots 16
+  lorayard worker /models/large --adapters /adapters --gpu-split 60,60 --cache-dtype q8
   lorayard worker /models/small --adapters /adapters --cpu-workers 2"""
 
 
@@ -50,6 +52,11 @@ def model_options(command: Callable[..., int]) -> Callable[..., int]:
 @click.option("--cpu-workers", type=click.IntRange(0), help="Run this many workers on the CPU instead of GPUs.")
 @click.option("--devices", help="GPUs to use, one worker each, such as cuda:0,cuda:1. Default: all.")
 @click.option(
+    "--gpu-split",
+    metavar="GIB,...",
+    help="Spread each worker over as many GPUs as there are sizes: GiB of each for model, cache and slots.",
+)
+@click.option(
     "--slots",
     type=click.IntRange(1, 4096),
     default=SLOTS,
@@ -62,6 +69,7 @@ def model_options(command: Callable[..., int]) -> Callable[..., int]:
 @click.option(
     "--cache-tokens", type=click.IntRange(256), default=CACHE_TOKENS, show_default=True, help="Tokens of K/V cache."
 )
+@click.option("--cache-dtype", metavar="TYPE", help="fp16, bf16, fp32, q8, q6 or q4. Default: fp16; fp32 on the CPU.")
 @click.option("--host", help="Name of this host in the names of its workers. Default: the system's.")
 @click.option(
     "--grace",
@@ -86,9 +94,11 @@ def worker(
     adapters: tuple[str, ...],
     cpu_workers: int | None,
     devices: str | None,
+    gpu_split: str | None,
     slots: int,
     max_batch: int,
     cache_tokens: int,
+    cache_dtype: str | None,
     host: str | None,
     grace: float,
     hang: float,
@@ -106,11 +116,11 @@ def worker(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     specs = [
         WorkerSpec(
-            gpu, "", os.path.abspath(model), tuple(map(os.path.abspath, adapters)),
-            device if device == "cpu" else (device,), prefix, slots, max_batch, cache_tokens, grace, hang,
+            gpu, "", os.path.abspath(model), tuple(map(os.path.abspath, adapters)), over, prefix, slots, max_batch,
+            cache_tokens, grace, hang, cache_dtype=cache_dtype,
             overrides={name: value for name, value in overrides.items() if value is not None},
         )
-        for gpu, device in places(host or socket.gethostname(), cpu_workers, devices)
+        for gpu, over in grouped(places(host or socket.gethostname(), cpu_workers, devices), gpu_split)
     ]  # fmt: skip
     if cpu_workers:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // cpu_workers)))
@@ -136,6 +146,18 @@ def places(host: str, cpu_workers: int | None, devices: str | None) -> list[tupl
     if len(set(found)) < len(found):
         raise UsageError(f"--devices names a GPU twice: {devices}")
     return found
+
+
+def grouped(found: list[tuple[str, str]], gpu_split: str | None) -> list[tuple[str, str | tuple[str, ...]]]:
+    """(queue name, devices) of each worker, over as many GPUs as `--gpu-split` has sizes; the first names the queue."""
+    if gpu_split is None:
+        return [(gpu, device if device == "cpu" else (device,)) for gpu, device in found]
+    count = gpu_split.count(",") + 1
+    if len(found) % count or found[0][1] == "cpu":
+        raise UsageError(f"--gpu-split has {count} sizes, which do not share out {len(found)} devices: "
+                         f"{', '.join(device for _, device in found)}")  # fmt: skip
+    groups = [found[start : start + count] for start in range(0, len(found), count)]
+    return [(group[0][0], tuple(limited([device for _, device in group], gpu_split))) for group in groups]
 
 
 def _gpu_count() -> int:

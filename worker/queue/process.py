@@ -67,6 +67,7 @@ def run(spec: WorkerSpec, redis_url: str) -> None:
 
 def _serve(spec: WorkerSpec, worker: GpuWorker) -> None:
     from .. import Cache, Generator, Lora, Model, ModelConfig, Tokenizer
+    from ..lora.space import slot_space
     from ..models.loading import Pace
 
     path = Path(spec.model)
@@ -74,9 +75,11 @@ def _serve(spec: WorkerSpec, worker: GpuWorker) -> None:
     config = ModelConfig.from_directory(path, **spec.overrides)
     model = Model(config)
     on_cpu = spec.devices == "cpu"
-    cache = Cache(model, spec.cache_tokens, dtype="fp32" if on_cpu else "fp16")
+    roots = [Path(root) for root in spec.adapters]
+    cache = Cache(model, spec.cache_tokens, spec.cache_dtype or ("fp32" if on_cpu else "fp16"))
+    slots = {} if on_cpu else slot_space(config, roots, itemsize=2).modules
     pace = Pace(lambda words: log.info("loading %s: %s", path.name, words))
-    model.load(cache, spec.devices if isinstance(spec.devices, str) else list(spec.devices), pace)
+    model.load(cache, spec.devices, pace, {module: spec.slots * size for module, size in slots.items()})
     generator = Generator(model, cache, tokenizer, max_batch=spec.max_batch, slots=spec.slots)
     generator.warmup()
     digest = facts.base_digest(path, spec.overrides)
@@ -85,7 +88,6 @@ def _serve(spec: WorkerSpec, worker: GpuWorker) -> None:
         generator.bank.max_rank, tokenizer.has_chat_template,
     )  # fmt: skip
     facts.publish(worker.scripts, spec.gpu, fields, worker.lease_ms, lambda: worker.draining)
-    roots = [Path(root) for root in spec.adapters]
     library = AdapterLibrary(
         functools.partial(scan, roots), functools.partial(Lora.from_directory, model), keep=2 * spec.slots + 8
     )

@@ -36,6 +36,8 @@ class WorkerSpec:
     """How long a step may take before the engine counts as hung, and the worker ends with status HUNG."""
     holder: str = ""
     """Under which name the supervisor publishes the adapters that this worker can read."""
+    cache_dtype: str | None = None
+    """See Cache; None is fp32 on the CPU and fp16 on a GPU."""
     overrides: dict[str, float] = field(default_factory=dict)
     """See ModelConfig.from_directory."""
 

@@ -20,7 +20,7 @@ from lorayard.shared.errors import ModelError, UsageError
 from lorayard.shared.keys import Keys
 from lorayard.shared.scripts import Scripts
 from lorayard.worker.queue import facts
-from lorayard.worker.queue.commands import places
+from lorayard.worker.queue.commands import grouped, places
 from lorayard.worker.queue.spec import WorkerSpec, gpu_name
 from lorayard.worker.queue.supervisor import AdapterList
 
@@ -28,7 +28,14 @@ from lorayard.worker.queue.supervisor import AdapterList
 def test_a_spec_survives_the_command_line():
     for devices in ("cpu", ("cuda:0", "cuda:1")):
         spec = WorkerSpec(
-            "gpu-a-0", "gpu-a-0.abc", "/model", ("/a b", "/c"), devices, slots=3, overrides={"rope_alpha": 2.5}
+            "gpu-a-0",
+            "gpu-a-0.abc",
+            "/model",
+            ("/a b", "/c"),
+            devices,
+            slots=3,
+            cache_dtype="q6",
+            overrides={"rope_alpha": 2.5},
         )
         assert WorkerSpec.load(spec.dump()) == spec
 
@@ -37,6 +44,18 @@ def test_names_of_queues():
     assert gpu_name("gpu", "node-7.example.org", 3) == "gpu-node-7-example-org-3"
     assert places("h", 2, None) == [("cpu-h-0", "cpu"), ("cpu-h-1", "cpu")]
     assert places("h", None, "cuda:1, cuda:0") == [("gpu-h-1", "cuda:1"), ("gpu-h-0", "cuda:0")]
+
+
+def test_a_worker_takes_as_many_gpus_as_the_split_has_sizes():
+    four = places("h", None, "cuda:0,cuda:1,cuda:2,cuda:3")
+    assert grouped(four[:1], None) == [("gpu-h-0", ("cuda:0",))] and grouped([("cpu-h-0", "cpu")], None)[0][1] == "cpu"
+    assert grouped(four, "20,7.5") == [
+        ("gpu-h-0", ("cuda:0=20GiB", "cuda:1=7.5GiB")),
+        ("gpu-h-2", ("cuda:2=20GiB", "cuda:3=7.5GiB")),
+    ]
+    for found, split in ((four, "20,20,20"), ([("cpu-h-0", "cpu")], "20"), (four, "20,x")):
+        with pytest.raises(UsageError, match="--gpu-split"):
+            grouped(found, split)
 
 
 @pytest.mark.parametrize("devices", ["gpu0", "cuda", "cuda:x", "cuda:0,cuda:0", "cpu"])
