@@ -160,6 +160,14 @@ def test_settings_beside_the_config(name: str, beside: str, section: dict[str, A
     assert np.array_equal(loaded(file, how, Shape("m", 64, 64)).dense().numpy(), expected)
 
 
+@pytest.mark.parametrize("name", MIXABLE)
+def test_tensors_tell_bits_and_groups_where_no_config_does(name: str, tmp_path: Path) -> None:
+    weight, rng = random((64, 128))
+    tensors, _, expected = PACKERS[name](weight, rng)
+    linear = loaded(*written(tmp_path, tensors, {}), Shape("m", 128, 64))
+    assert np.array_equal(linear.dense().numpy(), expected)
+
+
 @pytest.mark.parametrize("flavours", [MIXABLE, ["gptq-3bit-v2"], ["exl2"]], ids=["mixed", "gptq", "exl2"])
 def test_a_model_against_transformers(flavours: list[str], tmp_path: Path) -> None:
     """Mixed: each linear of its own format; the config's group size holds for all that need one."""
