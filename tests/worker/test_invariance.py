@@ -8,10 +8,11 @@ from collections import Counter
 import pytest
 import torch
 
-from lorayard.kernels.attention import attend, tile, write
+from lorayard.kernels.attention import attend, tile
 from lorayard.kernels.gelu_mul import gelu_mul
 from lorayard.kernels.linear import linear
 from lorayard.kernels.lora import add_lora, tile_rows
+from lorayard.kernels.pool import FloatPool
 from lorayard.kernels.rms_norm import rms_norm
 from lorayard.kernels.silu_mul import silu_mul
 from lorayard.worker import Lora, Model, ModelConfig
@@ -144,7 +145,7 @@ def test_bad_numbers_of_one_job_do_not_reach_the_next_on_its_page(
 ) -> None:
     stepper = Stepper(model, tokens=256)
     for pool in stepper.cache[0]:
-        assert pool.isfinite().all()
+        assert isinstance(pool, FloatPool) and pool.values.isfinite().all()
     spoilt = model.embedding[5].clone()
     model.embedding[5] = torch.nan
     try:
@@ -176,10 +177,12 @@ def test_kernels_keep_a_rows_bits_at_every_size_of_batch(inputs: int, outputs: i
 def test_attention_over_many_pages_is_exact(window: int, cap: float) -> None:
     """Four pages, against the textbook's softmax over the whole past; chunks that begin anywhere get the same bits."""
     torch.manual_seed(2)
-    n, page, pools = 50, 16, torch.zeros(2, 6, 2, 16, 8)
+    n, page = 50, 16
+    pools = [FloatPool((6, 2, page, 8), torch.float32, torch.device("cpu")) for _ in range(2)]
     q, k, v = torch.randn(n, 4, 8) * 3, torch.randn(n, 2, 8), torch.randn(n, 2, 8)
     positions, table = torch.arange(n), torch.tensor([[4, 0, 5, 2]])
-    write(k, v, pools[0], pools[1], table[0, positions // page], positions % page)
+    for pool, new in zip(pools, (k, v), strict=True):
+        pool.write(new, table[0, positions // page], positions % page)
 
     def run(chunk: torch.Tensor) -> torch.Tensor:
         tiles = tile(torch.zeros_like(chunk), chunk, table, page, 8, torch.device("cpu"), window)
