@@ -251,6 +251,55 @@ def weights(folder: Path) -> Make:
     return make
 
 
+def formats(folder: Path) -> Make:
+    """A linear in every weight format: its file's header, its numbers, and what config.json says of it."""
+    import numpy as np
+    import torch
+    from safetensors.torch import save
+
+    from lorayard.shared.errors import ModelError
+    from lorayard.worker.files import JsonFile
+    from lorayard.worker.linear import formats
+    from lorayard.worker.linear.linear import Shape
+    from lorayard.worker.linear.quantisation import Quantisation
+    from lorayard.worker.linear.tensors import Tensors
+
+    from ..packers import PACKERS
+
+    valid = []
+    for pack in PACKERS.values():
+        rng = np.random.default_rng(1)
+        tensors, section, _ = pack(rng.normal(size=(64, 128)).astype(np.float32), rng)
+        valid.append((save({f"m.{name}": tensor for name, tensor in tensors.items()}), section))
+    file, config = folder / "m.safetensors", folder / "config.json"
+
+    def use(shape: Shape) -> None:
+        how = Quantisation.of(JsonFile(config, ModelError))
+        tensors = Tensors([file], ModelError)
+        formats.check(tensors, shape, how)
+        linear = formats.read(tensors, shape, how, torch.device("cpu"), torch.float32)
+        assert linear.dense().shape == (shape.out_features, shape.in_features)
+
+    def make(draw: random.Random) -> Case:
+        data, section = valid[draw.randrange(len(valid))]
+        kind, value = draw.randrange(4), {"quantization_config": section}
+        if kind == 0:
+            data = mutate_safetensors(draw, data)
+        elif kind == 1:
+            value = mutate_value(draw, value)
+        else:
+            numbers = bytearray(data)
+            for _ in range(draw.randrange(1, 6)):
+                numbers[-draw.randrange(1, 600)] = draw.choice([0, 1, 0x7F, 0x80, 0xFF, draw.randrange(256)])
+            data = bytes(numbers)
+        file.write_bytes(data)
+        config.write_bytes(to_json(draw, value))
+        inputs, outputs = draw.choice([128] * 5 + [64, 96, 1]), draw.choice([64] * 5 + [32, 50, 1])
+        return lambda: use(Shape("m", inputs, outputs, draw.random() < 0.05))
+
+    return make
+
+
 def adapters(folder: Path) -> Make:
     """adapter_config.json and adapter tensors for a small model."""
     from lorayard.worker import Lora, Model, ModelConfig

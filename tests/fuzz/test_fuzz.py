@@ -17,7 +17,8 @@ from .areas import model_and_adapter
 
 ROOT = Path(__file__).parent.parent.parent
 NIGHTLY = bool(os.environ.get("LORAYARD_NIGHTLY"))
-COUNTS = {"wire": 2800, "config": 1480, "templates": 300, "tokenizers": 300, "weights": 60, "adapters": 60}
+COUNTS = {"wire": 2800, "config": 1480, "templates": 300, "tokenizers": 300, "formats": 1000, "weights": 60,
+          "adapters": 60}  # fmt: skip
 """Cases in `make test`; a twentieth of those of a night."""
 AT_ONCE = 5000
 """Cases of one child; its memory is limited over all of them."""
