@@ -62,7 +62,8 @@ def generate(
 
     --set takes the settings that docs/wire.md lists under Sampling, as JSON: --set mirostat=true.
 
-    MODEL is a folder with config.json, tokenizer.json and *.safetensors. Answers come in the order of the prompts.
+    MODEL is a folder with config.json, tokenizer.json or tokenizer.model, and *.safetensors.
+    Answers come in the order of the prompts.
     """
     folder, prompts = (BASE, arguments) if demo else (Path(arguments[0]) if arguments else None, arguments[1:])
     if folder is None or not prompts:

@@ -21,7 +21,10 @@ from .prepare import DEFAULT_MAX_TOKENS
 
 log = logging.getLogger(__name__)
 
-SMALL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
+SMALL_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 BLOCK, BLOCKS = 1 << 16, 256
 AWAY_S = 0.5  # between tries while Redis is away
 
@@ -34,7 +37,8 @@ def base_digest(model: Path, overrides: Mapping[str, float] = MappingProxyType({
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(overrides):
         digest.update(f"{name} {overrides[name]}\n".encode())
-    for path in [*(model / name for name in SMALL_FILES), *sorted(model.glob("*.safetensors"))]:
+    small = [*(model / name for name in SMALL_FILES), *sorted(model.glob("additional_chat_templates/*.jinja"))]
+    for path in [*small, *sorted(model.glob("*.safetensors"))]:
         if path.is_file():
             size = path.stat().st_size
             digest.update(f"{path.name} {size}\n".encode())

@@ -113,7 +113,11 @@ def test_the_digest_of_a_base_sees_every_file(tmp_path):
         data = (folder / name).read_bytes()
         (folder / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         digests.add(facts.base_digest(folder))
-    assert len(digests) == 6
+    for name in (*set(facts.SMALL_FILES) - {"config.json"}, "additional_chat_templates/tool_use.jinja"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("other")
+        digests.add(facts.base_digest(folder))
+    assert len(digests) == 6 + len(facts.SMALL_FILES)
 
 
 def test_a_yard_has_one_base(redis):
