@@ -84,6 +84,12 @@ def reference(base: Path, adapters: list[tuple[Path, float]]) -> torch.nn.Module
     model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
         base, dtype=torch.float32, attn_implementation="eager"
     ).eval()
+    return with_adapters(model, adapters)
+
+
+@quiet()
+def with_adapters(model: torch.nn.Module, adapters: list[tuple[Path, float]]) -> torch.nn.Module:
+    """The model of transformers, changed in place by peft."""
     if not adapters:
         return model
     scales = {path.name: scale for path, scale in adapters}
