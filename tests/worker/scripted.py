@@ -33,6 +33,10 @@ class Scripted:
         self.first_of_page: dict[int, int] = {}
         self.batches: list[Batch] = []
 
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        if source in self.first_of_page:
+            self.first_of_page[target] = self.first_of_page[source]
+
     def forward(self, batch: Batch, cache: object, bank: object) -> torch.Tensor:
         self.batches.append(batch)
         logits = torch.zeros(len(batch.logit_rows), VOCAB)
@@ -54,7 +58,7 @@ class Yard:
 
     def __init__(self, pages: int = 16, **options: int) -> None:
         self.model = Scripted()
-        cache = cast(Cache, SimpleNamespace(pages=pages, max_tokens=pages * 256))
+        cache = cast(Cache, SimpleNamespace(pages=pages, max_tokens=pages * 256, copy_prefix=self.model.copy))
         self.generator = Generator(cast(Model, self.model), cache, TOKENIZER, **options)
         self.events: dict[Handle, list[Event]] = {}
 

@@ -69,6 +69,25 @@ def test_the_longest_unused_page_is_forgotten_first_and_the_end_of_a_text_before
     assert again is not None and again.reused == 1
 
 
+def test_the_page_that_begins_most_alike_is_found_until_it_is_taken() -> None:
+    table = PageTable(3)
+    held = table.reserve(3, [])
+    assert held is not None
+    for page, ids in zip(held.pages, ([1, 2, 3], [1, 2, 4, 5], [7]), strict=True):
+        table.note(page, b"p", ids)
+    assert table.alike(b"p", [1, 2, 4, 6]) == (held.pages[1], 3)
+    assert table.alike(b"p", [7, 8]) == (held.pages[2], 1)
+    assert table.alike(b"p", [9])[1] == table.alike(b"q", [1, 2])[1] == 0
+    table.note(held.pages[1], b"q", [1, 2])
+    assert table.alike(b"p", [1, 2, 4, 6])[1] == 2 and table.alike(b"q", [1, 2, 4]) == (held.pages[1], 2)
+    table.release(held.pages)
+    table.check_integrity()
+    assert table.alike(b"p", [7, 8])[1] == 1, "a released page still holds it"
+    taken = table.reserve(3, [])
+    assert taken is not None and table.alike(b"p", [7, 8])[1] == table.alike(b"q", [1])[1] == 0
+    table.check_integrity()
+
+
 def test_pages_that_hold_nothing_known_go_first() -> None:
     table = PageTable(2)
     held = table.reserve(2, [])
@@ -79,7 +98,7 @@ def test_pages_that_hold_nothing_known_go_first() -> None:
     assert fresh is not None and table.known == 1
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_any_use_keeps_the_table_whole(data: st.DataObject) -> None:
     """Random reservations, publications and releases: no page has two owners unless both asked for what it holds."""
@@ -102,6 +121,10 @@ def test_any_use_keeps_the_table_whole(data: st.DataObject) -> None:
             assert not fresh & {page for pages, _ in held for page in pages}
             for page, key in zip(reservation.pages, wanted, strict=False):
                 table.publish(page, key)
+            ids = data.draw(st.lists(st.sampled_from([1, 2]), min_size=1, max_size=5))
+            table.note(reservation.pages[-1], data.draw(st.sampled_from([b"p", b"q"])), ids)
+            _, common = table.alike(b"p", ids)
+            assert 0 <= common <= len(ids)
             held.append((reservation.pages, wanted))
         table.check_integrity()
         assert table.free == total - len({page for pages, _ in held for page in pages})

@@ -47,7 +47,7 @@ class Generator:
         self.model, self.cache, self.tokenizer = model, cache, tokenizer
         self.bank = LoraBank(model, slots)
         self.table = PageTable(cache.pages)
-        self._scheduler = Scheduler(self.table, self.bank, max_batch, chunk)
+        self._scheduler = Scheduler(self.table, self.bank, max_batch, chunk, cache.copy_prefix)
         self.limits = Limits(model.config.vocab_size, self.capacity, self.bank.max_rank, slots)
         self._words = Words(tokenizer)
         self._jobs: dict[Handle, list[Generation]] = {}
@@ -98,7 +98,7 @@ class Generator:
         loras: one set, None for the default one. stop: strings and ids that end the text without being part of it,
         besides the model's own end ids. min_tokens: no such id is drawn before. add_bos: as `Tokenizer.encode`.
         slot: which slot of the bank to use if the combination is in none. n: samples of the prompt, which share its
-        full pages. logprobs, prompt_logprobs: how many of the likeliest tokens are told with each new token, and with
+        pages. logprobs, prompt_logprobs: how many of the likeliest tokens are told with each new token, and with
         each of the prompt, which is then computed whole; None tells nothing. token_healing: the prompt's last token may
         become a longer one. banned_strings: never come, in whatever case; text that becomes one is taken back before it
         is told. deadline: by time.monotonic(); past it the job ends with Refused("expired").

@@ -10,10 +10,14 @@ from functools import cached_property
 from lorayard.shared.errors import AdapterError, Refused, UsageError
 from lorayard.shared.job import MAX_LOGPROBS, MAX_SAMPLES, SamplingParams
 
-from ..cache.page import chain
+from ..cache.page import chain, root
+from ..cache.storage import PAGE
 from ..lora.bank import check_set
 from ..lora.peft import Lora
 from .mask import Mask
+
+SHORT = 16
+"""Fewer tokens than these are computed again rather than copied or waited for."""
 
 LoraUse = Lora | tuple[Lora, float]
 LoraUses = tuple[tuple[Lora, float], ...]
@@ -73,7 +77,27 @@ class Request:
 
         The last token always is, and with prompt_logprobs all are.
         """
-        return chain(self.salt, self.prompt[:-1]) if self.prompt_logprobs is None else []
+        return self._keys if self.prompt_logprobs is None else []
+
+    @cached_property
+    def _keys(self) -> list[bytes]:
+        return chain(self.salt, self.prompt[:-1])
+
+    @cached_property
+    def tail(self) -> tuple[bytes, tuple[int, ...]]:
+        """(what stands for the prompt's full pages, the tokens after them but the last one)."""
+        return self.parent(self._keys, len(self._keys)), self.prompt[len(self._keys) * PAGE : -1]
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Stands for the whole prompt but its last token; empty if its tail can be or need be copied from nowhere."""
+        parent, tail = self.tail
+        shared = len(tail) >= SHORT and self.prompt_logprobs is None
+        return b"".join([parent, *(id.to_bytes(8) for id in tail)]) if shared else b""
+
+    def parent(self, keys: Sequence[bytes], index: int) -> bytes:
+        """What the page at `index` comes after."""
+        return keys[index - 1] if index else root(self.salt)
 
 
 @dataclass(frozen=True, slots=True)

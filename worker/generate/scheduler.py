@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lorayard.shared.errors import SlotBusy
@@ -10,6 +11,7 @@ from ..cache.page import PageTable, chain
 from ..cache.storage import PAGE
 from ..lora.bank import LoraBank
 from .generation import Generation
+from .request import SHORT
 
 MAX_SKIPS = 4
 """How often later jobs may start before one that waits for pages or a slot."""
@@ -39,8 +41,10 @@ class Span:
 class Scheduler:
     """The queue and the batch. A job starts when it has a place in the batch, its slot, and all its pages."""
 
-    def __init__(self, table: PageTable, bank: LoraBank, max_batch: int, chunk: int) -> None:
-        self.table, self.bank = table, bank
+    def __init__(
+        self, table: PageTable, bank: LoraBank, max_batch: int, chunk: int, copy: Callable[[int, int, int], None]
+    ) -> None:
+        self.table, self.bank, self.copy = table, bank, copy
         self.max_batch, self.chunk = max_batch, chunk
         self.waiting: list[Generation] = []
         self.running: list[Generation] = []
@@ -64,16 +68,36 @@ class Scheduler:
         """The span's K/V is in the cache: publish the pages that it filled."""
         each = span.generation
         each.computed = span.end
-        full = min(span.end, each.settled) // PAGE
+        self._publish(each, min(span.end, each.settled) // PAGE)
+        last = len(each.request.prompt) - 1
+        if span.start < last <= span.end and last // PAGE >= each.published:
+            parent, tail = each.request.tail
+            if len(tail) >= SHORT:
+                self.table.note(each.pages[last // PAGE], parent, tail)
+
+    def _publish(self, each: Generation, full: int) -> None:
+        """Make known the pages of a job before `full`."""
         if full > each.published:
             keys = chain(each.request.salt, each.token_ids[: full * PAGE])
             for index in range(each.published, full):
                 self.table.publish(each.pages[index], keys[index])
+                ids = each.token_ids[index * PAGE : (index + 1) * PAGE]
+                self.table.note(each.pages[index], each.request.parent(keys, index), ids)
             each.published = full
+
+    def _note_rest(self, each: Generation) -> None:
+        """Note the tokens of a job that ends after its last full page, for one that goes on from its text."""
+        end = min(each.computed, each.settled)
+        index = end // PAGE
+        if end - index * PAGE >= SHORT and index >= each.published:
+            keys = chain(each.request.salt, each.token_ids[: index * PAGE])
+            self.table.note(each.pages[index], each.request.parent(keys, index), each.token_ids[index * PAGE : end])
 
     def remove(self, each: Generation) -> None:
         """Forget a job and free its pages and slot."""
         (self.running if each in self.running else self.waiting).remove(each)
+        if each.pages:
+            self._note_rest(each)
         self.table.release(each.pages)
         if each.slot is not None:
             self.bank.unpin(each.slot)
@@ -97,7 +121,7 @@ class Scheduler:
             if seated and self._reserve(each):
                 self.waiting.remove(each)
                 self.running.append(each)
-                coming.update(each.request.prefix_keys[each.published :])
+                coming.update(self._makes(each))
                 for earlier in passed:
                     earlier.skips += 1
                 continue
@@ -108,13 +132,13 @@ class Scheduler:
                 slot_waiter = slot_waiter or each
 
     def _coming(self) -> set[bytes]:
-        """Keys of the prompts' pages that are being computed."""
-        return {
-            key
-            for each in self.running
-            if each.computed < len(each.request.prompt)
-            for key in each.request.prefix_keys[each.published :]
-        }
+        """Keys of the prompts' pages, and digests of whole prompts, that are being computed."""
+        return {key for each in self.running for key in self._makes(each)}
+
+    def _makes(self, each: Generation) -> list[bytes]:
+        """What of its prompt a job still computes, but the last token."""
+        done = each.computed >= len(each.request.prompt) - 1
+        return [] if done else [*each.request.prefix_keys[each.published :], each.request.digest]
 
     def _awaits(self, each: Generation, coming: set[bytes]) -> bool:
         """True if the next page that a job would compute is being computed for another: it will find it known.
@@ -122,7 +146,8 @@ class Scheduler:
         So samples of a prompt, and prompts that begin alike, are computed once. The other job is running, so it ends.
         """
         missing = (key for key in each.request.prefix_keys if not self.table.knows(key)) if coming else iter(())
-        return next(missing, None) in coming
+        key = next(missing, each.request.digest)
+        return bool(key) and key in coming
 
     def _seat(self, each: Generation, new_slots: bool) -> bool:
         """Pin the slot that holds the job's combination, filling one if need be and allowed."""
@@ -146,9 +171,17 @@ class Scheduler:
     def _reserve(self, each: Generation) -> bool:
         """Give the job its pages: with max_tokens more there is never too little memory later."""
         request = each.request
+        known = next(
+            (i for i, key in enumerate(request.prefix_keys) if not self.table.knows(key)), len(request.prefix_keys)
+        )
+        wanted = request.prompt[known * PAGE : -1][:PAGE] if request.prompt_logprobs is None else ()
+        source, common = self.table.alike(request.parent(request.prefix_keys, known), wanted)
         count = -(-(request.prompt_tokens + request.max_tokens) // PAGE)
         reservation = self.table.reserve(count, request.prefix_keys)
         if reservation is None:
             return False
         each.pages, each.computed, each.published = reservation.pages, reservation.reused * PAGE, reservation.reused
+        if common >= SHORT:  # at once, while the page is as it was, even if it has just been given to this job
+            self.copy(source, each.pages[known], common)
+            each.computed += common
         return True
