@@ -30,6 +30,7 @@ ENTRY_PREFIX = {"urgent": "u", "normal": "", "batch": "b"}
 DEFAULT_TTL = 3600
 MAX_TTL = 30 * 86400
 MAX_STOPS = 64
+MAX_BANNED = 1000
 MAX_TIME_MS = 1 << 53
 
 STUB = zlib.compress(json.dumps(["lorayard.worker.queue.process.generate", None, [], {}]).encode())
@@ -190,8 +191,10 @@ def _stop(value: list[Any]) -> tuple[str | int, ...]:
 
 
 def _banned(value: list[Any]) -> tuple[str, ...]:
-    if len(value) > MAX_STOPS or not all(isinstance(item, str) and item for item in value):
-        raise Refused("bad_field", f"banned_strings must be a list of at most {MAX_STOPS} texts that are not empty")
+    if len(value) > MAX_STOPS or not all(isinstance(item, str) and 0 < len(item) <= MAX_BANNED for item in value):
+        raise Refused(
+            "bad_field", f"banned_strings must be a list of at most {MAX_STOPS} texts of 1 to {MAX_BANNED} characters"
+        )
     _utf8("banned_strings", *value)
     return tuple(value)
 
