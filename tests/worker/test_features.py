@@ -11,8 +11,10 @@ import torch
 from lorayard.shared.errors import Refused
 from lorayard.worker import Lora, Model, ModelConfig
 from lorayard.worker.lora.bank import LoraBank
+from lorayard.worker.lora.parity import measure
 
 from ..features import ALONE, FEATURES, write_feature
+from ..packers import pack_model
 from ..stepper import Sequence, Stepper
 from ..tiny import reference, reference_logits, relative, write_model
 
@@ -45,6 +47,22 @@ def test_logits_equal_peft(name: str, loaded: Loaded) -> None:
     if lora.changes:
         without = dataclasses.replace(lora, changes={}, alone="")
         assert relative(logits, model.logits(PROMPT, [without])) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["dora", "dora everywhere", "much", "own head, LoRA embedding", "lora_bias"])
+def test_a_packed_base_is_dequantised(name: str, tmp_path: Path) -> None:
+    """DoRA's gain is of the weights that the packed ones mean; a base weight beside LoRA is compared with them."""
+    packed, exact = tmp_path / "packed", tmp_path / "exact"
+    pack_model(write_model(tmp_path / "source", attention_bias=True), packed, exact, ["gptq-4bit", "awq", "exl2-4bit"])
+    adapter = write_feature(tmp_path / "adapter", exact, name)
+    model = Model(ModelConfig.from_directory(packed))
+    model.load(devices="cpu")
+    lora = Lora.from_directory(model, adapter)
+    owned = [module for module, change in lora.changes.items() if change.weight is not None]
+    assert owned == (["lm_head"] if "modules_to_save" in FEATURES[name] else [])
+    expected = reference_logits(reference(exact, [(adapter, 1.0)]), PROMPT)
+    assert relative(model.logits(PROMPT, [lora]), expected) < 1e-3
+    assert measure(packed, adapter) < 1e-4
 
 
 def test_a_mixed_batch_gives_each_row_the_bits_it_gets_alone(loaded: Loaded) -> None:

@@ -130,6 +130,11 @@ class LoraBank:
         spread[: int(ranks.sum())] = torch.tensor(scales, dtype=torch.float32).repeat_interleave(ranks)
         return spread
 
+    def touches(self, name: str, loras: tuple[LoraRows, ...]) -> bool:
+        """Whether any slot in use does anything to the output of the module `name`."""
+        slots = [self._slots[use.slot] for use in loras]
+        return any(name in slot.stacked or name in slot.changes for slot in slots)
+
     def prepare(self, loras: tuple[LoraRows, ...], device: torch.device) -> Prepared:
         """What `apply` needs of a step, on `device`."""
         classes: dict[int, list[LoraRows]] = {}

@@ -15,6 +15,9 @@ from .batch import LoraRows
 class Bank(Protocol):
     """Resident adapters; `lora.bank.LoraBank` is the one there is."""
 
+    def touches(self, name: str, loras: tuple[LoraRows, ...]) -> bool:
+        """Whether any slot in use does anything to the output of the module `name`."""
+
     def prepare(self, loras: tuple[LoraRows, ...], device: torch.device) -> Any:
         """What `apply` needs of a step, on `device`."""
 

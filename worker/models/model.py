@@ -148,7 +148,7 @@ class Model:
         """The head's output, [L, vocab], with what the slots do to it."""
         assert self.head is not None
         y = self.head(h)
-        uses = batch.logit_loras() if bank else ()
+        uses = batch.logit_loras() if bank and bank.touches(HEAD, batch.loras) else ()
         return bank.apply(HEAD, h, y, bank.prepare(uses, h.device)) if bank and uses else y
 
     def _steps(self, batch: Batch, bank: Bank | None) -> dict[torch.device, Step]:
