@@ -55,9 +55,8 @@ def fault_of(template: ChatTemplate) -> str | None:
             pass
         except TemplateFault as fault:
             faults.append(fault)
-    excessive = [fault for fault in faults if isinstance(fault, OverBudget)]
-    if excessive or len(faults) == len(CONVERSATIONS):
-        return f"the chat template cannot render a plain message: {(excessive or faults)[0]}"
+            if isinstance(fault, OverBudget) or len(faults) == len(CONVERSATIONS):
+                return f"the chat template cannot render a plain message: {fault}"
     return None
 
 
