@@ -156,18 +156,22 @@ class Model:
         return {d: Step.of(batch, d, windows, self.rope[d], bank) for d in set(self.layer_devices)}
 
     def logits(
-        self, token_ids: Sequence[int] | Tensor, loras: Sequence[Adapter | tuple[Adapter, float]] = ()
+        self,
+        token_ids: Sequence[int] | Tensor,
+        loras: Sequence[Adapter | tuple[Adapter, float]] = (),
+        cache_dtype: str | None = None,
     ) -> Tensor:
         """Logits, float32 [tokens, vocab] on the CPU, of each token of one text under one LoRA set.
 
-        `loras`: adapters, or (adapter, scale) pairs. Uses a cache of its own.
+        `loras`: adapters, or (adapter, scale) pairs. Uses a cache of its own, of the model's dtype if none is given.
         """
         ids = torch.as_tensor(token_ids, dtype=torch.int64).cpu()
         if ids.dim() != 1 or not 0 < len(ids) <= self.config.max_seq_len:
             raise UsageError(f"token_ids must be a list of 1 to {self.config.max_seq_len} ids")
         if int(ids.min()) < 0 or int(ids.max()) >= self.config.vocab_size:
             raise UsageError(f"token ids must be between 0 and {self.config.vocab_size - 1}")
-        cache = Cache(self, len(ids), {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(self.dtype, "fp16"))
+        own = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(self.dtype, "fp16")
+        cache = Cache(self, len(ids), cache_dtype or own)
         rows, pages = torch.arange(len(ids)), torch.arange(cache.pages)[None]
         pairs = [item if isinstance(item, tuple) else (item, 1.0) for item in loras]
         bank: Bank | None = None

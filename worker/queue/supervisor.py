@@ -20,7 +20,7 @@ from redis.exceptions import RedisError
 
 from lorayard.shared.children import spawn, stop
 from lorayard.shared.connect import is_away
-from lorayard.shared.errors import FileError
+from lorayard.shared.errors import FileError, UsageError
 from lorayard.shared.scripts import Scripts
 
 from ..lora.folders import scan
@@ -96,7 +96,7 @@ class Supervisor:
             status = child.process.returncode
             child.process = None
             child.dead.append(child.spec.worker)
-            if status == FileError.exit_status:
+            if status in (UsageError.exit_status, FileError.exit_status):
                 return status
             crashed = status not in (0, SUPERSEDED) and now - child.started < HEALTHY_S
             child.pause = min(2 * child.pause, LONGEST_PAUSE_S) if crashed else FIRST_PAUSE_S

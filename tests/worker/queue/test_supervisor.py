@@ -69,14 +69,16 @@ def test_workers_of_both_kinds_at_once_are_refused(capsys):
     assert "exclude" in capsys.readouterr().err
 
 
-def test_a_model_that_cannot_be_loaded_ends_it_with_one_sentence(tmp_path, redis_server, redis):
-    argv = ["worker", str(tmp_path), "--cpu-workers", "1", "--redis", redis_server.url, "--host", "t"]
+@pytest.mark.parametrize("options, status, word", [([], 4, "tokenizer.json"), (["--cache-dtype", "q5"], 2, "not 'q5'")])
+def test_what_cannot_be_loaded_ends_it_with_one_sentence(tmp_path, redis_server, redis, options, status, word):
+    model = str(BASE if options else tmp_path)
+    argv = ["worker", model, "--cpu-workers", "1", "--redis", redis_server.url, "--host", "t", *options]
     ended = subprocess.run(
         [sys.executable, "-m", "lorayard.shared.cli", *argv], capture_output=True, text=True, timeout=60,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert ended.returncode == 4
-    assert ended.stderr.splitlines()[-1].startswith("lorayard: ") and str(tmp_path) in ended.stderr
+    assert ended.returncode == status
+    assert ended.stderr.splitlines()[-1].startswith("lorayard: ") and word in ended.stderr.splitlines()[-1]
     assert "Traceback" not in ended.stderr
     assert not redis.exists("yard:gpu:cpu-t-0", "rq:workers")
 
