@@ -21,6 +21,7 @@ from lorayard.worker.linear.linear import PackedLinear, Shape
 from lorayard.worker.linear.quantisation import Quantisation
 from lorayard.worker.linear.tensors import Tensors
 
+from ..features import FEATURES, write_feature
 from ..packers import PACKERS
 from ..stepper import Sequence, Stepper
 from ..tiny import reference, reference_logits, relative, write_adapter, write_model
@@ -51,6 +52,14 @@ def test_logits_against_transformers_and_peft(dtype: torch.dtype, tolerance: flo
         got, expected = model.logits(PROMPT, loras), reference_logits(reference(base, pairs), PROMPT)
         assert got.dtype == torch.float32 and got.device.type == "cpu"
         assert relative(got, expected) < tolerance
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_logits_of_every_feature_of_lora(name: str, tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", attention_bias=True, mlp_bias=True)
+    adapter, model = write_feature(tmp_path / "adapter", base, name), load(base)
+    got = model.logits(PROMPT, [Lora.from_directory(model, adapter)])
+    assert relative(got, reference_logits(reference(base, [(adapter, 1.0)]), PROMPT)) < 5e-3
 
 
 @pytest.mark.parametrize("name", ["gptq-4bit-g128-sym", "gptq-4bit-g128-sym-actorder", "gptq-4bit-g32-asym"])
