@@ -7,25 +7,20 @@ The axes are the registries: `ARCHITECTURES`, `PACKERS`, `FEATURES`, so what is 
 from __future__ import annotations
 
 import copy
-import json
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 
 from lorayard.worker import Lora, Model, ModelConfig
 from lorayard.worker.models.architectures import ARCHITECTURES
-from lorayard.worker.models.model import linear_shapes
 
 from .features import FEATURES, write_feature
-from .packers import PACKERS
+from .packers import PACKERS, pack_model
 from .stepper import Sequence as Text
 from .stepper import Stepper
 from .tiny import reference, reference_logits, relative, with_adapters, write_model
@@ -78,7 +73,7 @@ def measure(root: Path, case: Case) -> dict[str, Figures]:
     architecture, form, names = case
     flags = {"attention_bias", "mlp_bias"} & ARCHITECTURES[architecture].defaults.keys()
     base = write_model(root / "base", 5, architecture=architecture, **dict.fromkeys(flags, True))
-    pack(base, root / "packed", root / "exact", form)
+    pack_model(base, root / "packed", root / "exact", [form])
     used = {feature for name in names for feature, _ in SETS[name]}
     adapters = {
         name: write_feature(root / f"a{i}", root / "exact", name, i) for i, name in enumerate(FEATURES) if name in used
@@ -113,23 +108,6 @@ def greedy(model: Model, sets: Sequence[list[tuple[Lora, float]]]) -> Iterator[t
             texts[i].append(int(part[-1].argmax()))
         feeds = [text[-1:] for text in texts]
     return ((text, torch.cat(parts)) for text, parts in zip(texts, logits, strict=True))
-
-
-def pack(base: Path, packed: Path, exact: Path, form: str) -> None:
-    """Write the model `base` twice: its linears in the format, and as the floats that those mean."""
-    rng = np.random.default_rng(1)
-    tensors = load_file(base / "model.safetensors")
-    floats, section = dict(tensors), dict[str, Any]()
-    for name in (shape.name for shape in linear_shapes(ModelConfig.from_directory(base))):
-        if f"{name}.weight" in tensors:
-            parts, section, weight = PACKERS[form](tensors.pop(f"{name}.weight").numpy(), rng)
-            tensors |= {f"{name}.{last}": tensor for last, tensor in parts.items()}
-            floats[f"{name}.weight"] = torch.from_numpy(np.ascontiguousarray(weight))
-    config = json.loads((base / "config.json").read_text())
-    for path, content, more in ((packed, tensors, {"quantization_config": section}), (exact, floats, {})):
-        path.mkdir()
-        save_file(content, path / "model.safetensors", {"format": "pt"})
-        (path / "config.json").write_text(json.dumps(config | (more if section else {})))
 
 
 def table(figures: dict[tuple[str, str, str], Figures]) -> str:
