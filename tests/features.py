@@ -33,6 +33,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True, "r": 9, "lora_alpha": 6},
     "rslora patterns": {"use_rslora": True, "rank_pattern": {"o_proj": 16}, "alpha_pattern": {"o_proj|down_proj": 2}},
     "fan_in_fan_out": {"fan_in_fan_out": True},
+    "fan_in_fan_out, dora": {"fan_in_fan_out": True, "use_dora": True, "target_modules": [*QV, "embed_tokens"]},
     "no start": {"init_lora_weights": False},
     "bias all": {"bias": "all", "target_modules": QV},
     "bias lora_only": {"bias": "lora_only", "target_modules": [*QV, "down_proj"]},
@@ -61,9 +62,9 @@ FEATURES: dict[str, dict[str, Any]] = {
 peft writes the keys of a pattern in the order of their text, and the first that matches counts.
 """
 ALONE = {
-    "bias all", "bias lora_only", "lora_bias, bias", "dora", "dora, bias", "dora everywhere", "own embedding",
-    "own head", "own embedding and head", "own embedding and head, tied", "own head, LoRA embedding", "tokens",
-    "tokens of both", "much",
+    "bias all", "bias lora_only", "lora_bias, bias", "dora", "dora, bias", "dora everywhere", "fan_in_fan_out, dora",
+    "own embedding", "own head", "own embedding and head", "own embedding and head, tied", "own head, LoRA embedding",
+    "tokens", "tokens of both", "much",
 }  # fmt: skip
 """Features whose adapters run alone and at scale 1, on a base that has biases."""
 

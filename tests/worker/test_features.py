@@ -109,3 +109,18 @@ def test_lora_scaling_is_peft_s_set_scale(loaded: Loaded) -> None:
         expected = reference(model.config.path, [(paths[name], 0.5)])
         logits = model.logits(PROMPT, [Lora.from_directory(model, paths[name], lora_scaling=0.5)])
         assert relative(logits, reference_logits(expected, PROMPT)) < 1e-3
+
+
+SUMS = [
+    [("lora_bias", 0.5)],
+    [("lora_bias", 0.7), ("embedding and head", -0.4)],
+    [("patterns", 1.5), ("embedding", 0.3)],
+]
+
+
+@pytest.mark.parametrize("pairs", SUMS)
+def test_sums_with_scales_equal_peft(pairs: list[tuple[str, float]], loaded: Loaded) -> None:
+    model, paths = loaded
+    expected = reference(model.config.path, [(paths[name], scale) for name, scale in pairs])
+    loras = [(Lora.from_directory(model, paths[name]), scale) for name, scale in pairs]
+    assert relative(model.logits(PROMPT, loras), reference_logits(expected, PROMPT)) < 1e-3
