@@ -86,7 +86,7 @@ def _print(said: dict[str, Any], as_json: bool) -> None:
         for each in said["devices"]:
             click.echo(" ".join(f"{name} {cell}" for name, cell in zip(COLUMNS, _row(each), strict=True)))
     else:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for name in COLUMNS:
             table.add_column(name, justify="left" if name == "device" else "right")
         for each in said["devices"]:
