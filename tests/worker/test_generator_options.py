@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,52 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorayard.demo import BASE
 from lorayard.shared.errors import Refused
-from lorayard.worker import Cache, Event, Generator, Model, ModelConfig, SamplingParams, Tokenizer
+from lorayard.worker import Event, SamplingParams, Tokenizer
 from lorayard.worker.models.batch import Batch
 
+from .demo_generator import TEXT, Options, demo_model, ids_of, make, run
 from .scripted import STARTS, TOKENIZER, VOCAB, Step, Yard, said, words
 
 GREEDY = SamplingParams(temperature=0)
-TEXT = "What does len do?\nlen(x) gives the number of items of x.\nWhat does zip do?\nzip(a, b) "
-Options = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    model = Model(ModelConfig.from_directory(BASE))
-    model.load(devices="cpu")
-    return model
-
-
-@pytest.fixture
-def make(model: Model) -> Any:
-    def make(pages: int = 48, **options: int) -> Generator:
-        return Generator(model, Cache(model, pages * 256, "fp32"), TOKENIZER, **options)
-
-    return make
-
-
-def run(generator: Generator, jobs: Sequence[tuple[Any, Options]]) -> list[list[Event]]:
-    """The events of every sample, in order of jobs and samples, checked to make up the whole and leave nothing."""
-    handles = [generator.enqueue(prompt, **options) for prompt, options in jobs]
-    told: dict[tuple[int, int], list[Event]] = defaultdict(list)
-    while generator.busy:
-        for event in generator.iterate():
-            assert event.error is None
-            told[handles.index(event.handle), event.sample].append(event)
-    for events in told.values():
-        assert [event.finished for event in events] == [False] * (len(events) - 1) + [True]
-        assert "".join(event.text for event in events) == events[-1].full_text
-        assert len(ids_of(events)) == events[-1].new_tokens
-    generator.table.check_integrity()
-    assert generator.table.free == generator.cache.pages
-    return [told[key] for key in sorted(told)]
-
-
-def ids_of(events: Sequence[Event]) -> list[int]:
-    return [id for event in events for id in event.token_ids]
 
 
 # Every draw of these depends on something that a retry has to build again.
@@ -71,7 +32,7 @@ LIVELY: list[Options] = [
 ]
 
 
-def test_the_same_seed_gives_the_same_text_alone_in_a_batch_after_a_kill_and_on_another_worker(make: Any) -> None:
+def test_the_same_seed_gives_the_same_text_alone_in_a_batch_after_a_kill_and_on_another_worker() -> None:
     prompts = [TOKENIZER.encode(TEXT[at : at + 40]) for at in range(8)]
     jobs = [(prompts[at % 8], {"max_tokens": 8} | LIVELY[at % len(LIVELY)]) for at in range(27)]
     together = [ids_of(events) for events in run(make(), jobs)]
@@ -88,109 +49,15 @@ def test_the_same_seed_gives_the_same_text_alone_in_a_batch_after_a_kill_and_on_
     assert alone == together[:7]
 
 
-def test_samples_differ_and_the_first_is_that_of_a_single_one(make: Any) -> None:
+def test_samples_differ_and_the_first_is_that_of_a_single_one() -> None:
     options: Options = {"max_tokens": 8, "sampling": SamplingParams(temperature=3, seed=9)}
     texts = make().generate([TEXT, "zip"], n=3, **options)
     assert len(set(texts)) == 6
     assert make().generate([TEXT], **options) == [texts[0]] and make().generate(["zip"], n=2, **options) == texts[3:5]
 
 
-def test_samples_share_the_prompts_pages(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = make(pages=3 + 4 + 2)
-    prompt = (TOKENIZER.encode(TEXT) * 30)[:600]
-    computed: list[int] = []
-    forward = generator.model.forward
-
-    def watched(batch: Batch, *rest: Any) -> torch.Tensor:
-        computed.append(len(batch.token_ids))
-        return forward(batch, *rest)
-
-    monkeypatch.setattr(generator.model, "forward", watched)
-    handle = generator.enqueue(prompt, max_tokens=4, min_tokens=4, n=5, sampling=SamplingParams(temperature=3, seed=1))
-    while not any(event.handle == handle for event in generator.iterate()):
-        assert generator.running <= 1, "the others wait for the pages"
-    generator.iterate()
-    assert generator.running == 5 and generator.cache.pages - generator.table.free == 2 + 5
-    while generator.busy:
-        generator.iterate()
-    assert sum(computed) == 600 + 4 + 5 * 3, "the part of a page is copied"
-    generator.table.check_integrity()
-
-
-def test_prompts_that_begin_alike_are_computed_once() -> None:
-    """While one computes a page, others that need it wait; those that need something else do not."""
-    yard = Yard(pages=30, chunk=100)
-    shared = [9] * 600
-    first = yard.submit(words("x"), 601, tail=shared)
-    start = STARTS[0]
-    yard.model.scripts[start] = (601, list(words("x")))
-    twin = yard.generator.enqueue([start, *shared], max_tokens=9, sampling=GREEDY)
-    yard.events[twin] = []
-    alien = yard.submit(words("y"), 30)
-    yard.step()
-    assert (yard.generator.running, yard.generator.queued) == (2, 1)
-    yard.finish()
-    assert [yard.last(handle).full_text for handle in (first, twin, alien)] == ["x", "x", "y"]
-    tokens = sum(len(batch.token_ids) for batch in yard.model.batches)
-    assert tokens == 601 + 1 + 30 + 3, "and one more of each for the end"
-    yard.check_empty()
-
-
-def test_the_common_part_of_a_page_is_copied_and_changes_no_bit(make: Any) -> None:
-    """Prompts that part within a page, in the first or a later one, after a job has ended or while it runs."""
-    text = (TOKENIZER.encode(TEXT) * 12)[:330]
-    options: Options = {"max_tokens": 4, "sampling": SamplingParams(temperature=3, seed=2), "logprobs": 4}
-    prompts = [text, [*text[:300], 9, 9, 9], text[:200], [*text[:100], *text[:20]], [*text[:257], 8]]
-    generator = make(chunk=100)
-    copied = watch_copies(generator)
-    for jobs in ([0], [1, 2], [3, 4, 0, 2], [0, 1]):
-        together = run(generator, [(prompts[at], options) for at in jobs])
-        for at, events in zip(jobs, together, strict=True):
-            (alone,) = run(make(), [(prompts[at], options)])
-            assert [event.logprobs for event in events] == [event.logprobs for event in alone]
-    assert {300 - 256, 199, 100} <= set(copied) and min(copied) >= 16
-
-
-def watch_copies(generator: Generator) -> list[int]:
-    """A list that gets the number of tokens of each copy."""
-    copied: list[int] = []
-    copy = generator._scheduler.copy
-
-    def watched(source: int, target: int, tokens: int) -> None:
-        copied.append(tokens)
-        copy(source, target, tokens)
-
-    generator._scheduler.copy = watched
-    return copied
-
-
-def test_who_goes_on_from_an_answer_computes_what_is_new(make: Any) -> None:
-    generator = make()
-    prompt = TOKENIZER.encode(TEXT)[:50]
-    options: Options = {"max_tokens": 12, "min_tokens": 12, "sampling": SamplingParams(temperature=3, seed=2)}
-    (events,) = run(generator, [(prompt, options)])
-    copied = watch_copies(generator)
-    follow_up = [*prompt, *ids_of(events), 9, 8, 7]
-    (again,) = run(generator, [(follow_up, options)])
-    assert copied == [len(prompt) + 11], "the last token was drawn, not computed"
-    assert [ids_of(again)] == [ids_of(events) for events in run(make(), [(follow_up, options)])]
-
-
-def test_who_waits_for_a_job_that_ends_goes_on_without_it() -> None:
-    yard = Yard(pages=30, chunk=100)
-    first = yard.submit(words("x"), 601)
-    twin = yard.generator.enqueue([STARTS[0], *[9] * 600], max_tokens=9, sampling=GREEDY)
-    yard.events[twin] = []
-    yard.step()
-    assert yard.generator.running == 1
-    yard.generator.cancel(first)
-    yard.finish()
-    assert yard.last(twin).full_text == "x"
-    yard.check_empty()
-
-
 @pytest.mark.parametrize("chunk", [7, 512])
-def test_logprobs_are_the_models(make: Any, model: Model, chunk: int) -> None:
+def test_logprobs_are_the_models(chunk: int) -> None:
     prompt = TOKENIZER.encode(TEXT)[:40]
     params = SamplingParams(temperature=2, seed=3, repetition_penalty=1.5, top_k=50)
     options: Options = {"max_tokens": 6, "sampling": params, "logprobs": 3, "prompt_logprobs": 2, "n": 2}
@@ -198,7 +65,7 @@ def test_logprobs_are_the_models(make: Any, model: Model, chunk: int) -> None:
     first, second, _ = run(make(chunk=chunk), [(prompt, options), bystander])
     for events in (first, second):
         ids = ids_of(events)
-        expected = model.logits([*prompt, *ids], []).log_softmax(-1)
+        expected = demo_model().logits([*prompt, *ids], []).log_softmax(-1)
         told = [each for event in events for each in event.logprobs]
         assert [each.id for each in told] == ids
         check_logprobs(told, expected[len(prompt) - 1 : -1], 3)
@@ -217,7 +84,7 @@ def check_logprobs(told: Sequence[Any], expected: torch.Tensor, count: int) -> N
         assert each.logprob == pytest.approx(float(row[each.id]), abs=1e-4)
 
 
-def test_logprobs_ask_for_nothing_else(make: Any) -> None:
+def test_logprobs_ask_for_nothing_else() -> None:
     """The same tokens come, known pages or not, with and without logprobs; count 0 tells only the token's own."""
     prompt = (TOKENIZER.encode(TEXT) * 12)[:300]
     options: Options = {"max_tokens": 5, "sampling": SamplingParams(temperature=2, seed=8)}
@@ -277,14 +144,14 @@ def noise(batch: Batch, seed: int) -> torch.Tensor:
     return torch.stack([torch.randn(VOCAB, generator=torch.Generator().manual_seed(key + seed)) for key in keys])
 
 
-def test_a_special_token_is_not_healed(make: Any) -> None:
+def test_a_special_token_is_not_healed() -> None:
     for prompt in ([0, 0], [5]):
         options: Options = {"max_tokens": 5, "sampling": GREEDY}
         plain, healed = run(make(), [(prompt, options), (prompt, options | {"token_healing": True})])
         assert plain[-1].full_text == healed[-1].full_text
 
 
-def test_bias_and_allowed_and_banned_tokens(make: Any) -> None:
+def test_bias_and_allowed_and_banned_tokens() -> None:
     hot: Options = {"temperature": 5.0, "seed": 1}
     options: Options = {"max_tokens": 12, "min_tokens": 12}
 
@@ -368,7 +235,7 @@ def test_a_ban_of_all_that_may_come_ends_the_job() -> None:
         yard.check_empty()
 
 
-def test_pages_with_text_that_was_taken_back_are_never_known(make: Any) -> None:
+def test_pages_with_text_that_was_taken_back_are_never_known() -> None:
     """After rewinds over the end of a page, follow-ups of the old and the new text have the bits of fresh ones."""
     prompt = (TOKENIZER.encode(TEXT) * 12)[:250]
     options: Options = {"max_tokens": 16, "min_tokens": 16, "sampling": SamplingParams(temperature=3, seed=5)}
@@ -387,7 +254,7 @@ def test_pages_with_text_that_was_taken_back_are_never_known(make: Any) -> None:
             assert [event.logprobs for event in known] == [event.logprobs for event in fresh]
 
 
-def test_another_draw_is_made_where_text_was_taken_back(make: Any) -> None:
+def test_another_draw_is_made_where_text_was_taken_back() -> None:
     """Where one of two tokens is banned the other comes; with the old number the draw would depend on the ban."""
     tokens = tuple(words(text)[0] for text in "abcdefgh")
     params = [SamplingParams(temperature=100, seed=seed, allowed_tokens=tokens) for seed in range(80)]
@@ -414,7 +281,7 @@ def test_a_deadline_ends_a_job_within_a_batch() -> None:
     yard.check_empty()
 
 
-def test_words_that_dry_and_xtc_leave_alone(make: Any) -> None:
+def test_words_that_dry_and_xtc_leave_alone() -> None:
     generator = make()
     tokenizer: Tokenizer = generator.tokenizer
     for id in range(tokenizer.vocab_size):
