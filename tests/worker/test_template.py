@@ -115,6 +115,8 @@ HOSTILE = {
     "extends": "{% extends 'x' %}",
     "mutation": "{{ messages.append(1) }}",
     "clock": "{{ strftime_now('%1000000000d') }}",
+    "round": "{{ 1 | round(-10**9) }}",
+    "round up": "{{ 1 | round(10**9, 'ceil') }}",
     "unknown filter": "{{ 'a' | nothing }}",
     "unclosed": "{% if x",
 }  # fmt: skip

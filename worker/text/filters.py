@@ -177,6 +177,8 @@ def _to_float(budget: Budget, value: Any, default: Any = 0.0) -> Any:
 
 
 def _rounded(budget: Budget, value: Any, precision: int = 0, method: str = "common") -> Any:
+    if abs(number(precision)) > 64:
+        raise TemplateFault("round takes a precision of at most 64 digits")
     number(value)
     if method == "common":
         return round(value, precision)
