@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .pool import Pool
+from .launch import launch, usable
+from .paged_attention import attend_pages, fits
+from .pool import FloatPool, Pool
 
 TILE = 4
 """Queries of one sequence that attend together."""
@@ -95,6 +97,12 @@ def attend(q: Tensor, k_pool: Pool, v_pool: Pool, tiles: Tiles, scale: float, ca
     and Gimelshein 2018); products have one shape whatever the batch, so a row's bits do not depend on it, nor do they
     on a block that it does not see.
     """
+    if usable(q) and isinstance(k_pool, FloatPool) and isinstance(v_pool, FloatPool):
+        if fits(q, k_pool.values, len(tiles.rows), tiles.pages.shape[1] * k_pool.shape[2]):
+            result = torch.empty_like(q)
+            pools, tables = (k_pool.values, v_pool.values), (tiles.rows, tiles.positions, tiles.pages)
+            launch(attend_pages(q, pools, *tables, result, scale, cap, tiles.window))
+            return result
     heads, dim = q.shape[1:]
     kv_heads = k_pool.shape[1]
     queries = (q.float() * scale).index_select(0, tiles.rows.flatten())

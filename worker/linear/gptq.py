@@ -7,11 +7,14 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from lorayard.kernels import q4
 from lorayard.kernels.bits import unpack_rows
+from lorayard.kernels.launch import usable
 from lorayard.kernels.linear_gptq import dequantise, linear_gptq
+from lorayard.kernels.linear_q4 import linear_q4
 from lorayard.shared.errors import NotSupported
 
-from .linear import Shape
+from .linear import Packed, Shape
 from .quantisation import Quantisation
 from .tensors import FLOATS, Tensors
 
@@ -28,9 +31,11 @@ class GptqTensors:
     scales: Tensor
     group: Tensor
 
-    def to(self, device: torch.device) -> GptqTensors:
-        """The same on `device`."""
-        return GptqTensors(*(getattr(self, field.name).to(device) for field in fields(self)))
+    def to(self, device: torch.device) -> Packed:
+        """The same on `device`, laid out for its kernels where they take it."""
+        moved = GptqTensors(*(getattr(self, field.name).to(device) for field in fields(self)))
+        packed = q4.pack(moved.words, moved.zeros, moved.scales, moved.group) if usable(moved.words) else None
+        return moved if packed is None else Q4Tensors(packed)
 
     def dequantise(self) -> Tensor:
         """[K, N], fp16, or fp32 where the scales are."""
@@ -39,6 +44,30 @@ class GptqTensors:
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [T, K] -> [T, N]."""
         return linear_gptq(x, self.words, self.zeros, self.scales, self.group, bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Q4Tensors:
+    """The same numbers of 4 bits, laid out for kernels.linear_q4."""
+
+    packed: q4.Q4
+
+    @property
+    def words(self) -> Tensor:
+        """The packed numbers."""
+        return self.packed.weights
+
+    def to(self, device: torch.device) -> Packed:
+        """The same on `device`."""
+        return Q4Tensors(self.packed.to(device))
+
+    def dequantise(self) -> Tensor:
+        """[K, N] in fp16."""
+        return q4.dequantise(self.packed)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [T, K] -> [T, N]."""
+        return linear_q4(x, self.packed, bias)
 
 
 def claims(tensors: Tensors, shape: Shape) -> bool:

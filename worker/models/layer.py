@@ -12,7 +12,7 @@ from torch import Tensor
 from lorayard.kernels.attention import Tiles, attend, tile
 from lorayard.kernels.pool import Pool
 from lorayard.kernels.rms_norm import rms_norm
-from lorayard.kernels.rope import rope
+from lorayard.kernels.rope_append import turn_and_append
 
 from ..cache.storage import PAGE
 from ..linear import formats
@@ -129,11 +129,8 @@ class Layer:
             step.project(self.linears[last], x).view(len(x), -1, self.config.head_dim)
             for last in ("q_proj", "k_proj", "v_proj")
         )
-        q, k = (
-            rope(self._norm(place, heads, self.dtype), *step.turns[self.rope]) for place, heads in (("q", q), ("k", k))
-        )
-        k_pool.write(k, step.pages, step.offsets)
-        v_pool.write(v, step.pages, step.offsets)
+        q, k = (self._norm(place, heads, self.dtype) for place, heads in (("q", q), ("k", k)))
+        q = turn_and_append(q, k, v, step.turns[self.rope], (k_pool, v_pool), (step.pages, step.offsets))
         tiles = step.tiles[self.window]
         out = attend(q, k_pool, v_pool, tiles, self.config.query_scale, self.config.attention_cap)
         return step.project(self.linears["o_proj"], out.flatten(1))

@@ -1,0 +1,29 @@
+"""Parts of K added in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from case import Case, Real, poisoned
+
+from lorayard.kernels import linear_q4
+
+
+def make(parts: int, tokens: int, outputs: int, width: int, device: str) -> Case:
+    """A case with bias."""
+    partial, bias = torch.randn(parts, tokens, width, device=device), torch.randn(outputs, device=device).half()
+    y = poisoned(tokens, outputs, device=device)
+    value = partial.double().sum(0)[:, :outputs] + bias.double()
+    return Case(
+        f"{parts} parts", [linear_q4.add_parts(partial, bias, y)], [(y, value)], bytes=partial.nbytes + y.nbytes
+    )
+
+
+def odd(device: str) -> Iterator[Case]:
+    yield make(3, 5, 1100, 1152, device)
+
+
+def real(device: str) -> Iterator[Real]:
+    for tokens in (16, 64):
+        yield f"4 parts, {tokens} tokens", lambda n=tokens: make(4, n, 4096, 4096, device)

@@ -1,0 +1,87 @@
+"""The layout of 4-bit weights, which must lose nothing, and what a launch refuses."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from case import NAMES, cases_of
+from cases.q4_decode import gptq
+
+from lorayard.kernels import launch, linear_gptq, linear_q4, q4
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a")
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(128, 64), (640, 88), (1280, 192)])
+@pytest.mark.parametrize("group", [16, 32, 64, 128, 640, -1])
+def test_weights_come_back_as_they_were(inputs, outputs, group):
+    group = inputs if group == -1 else group
+    if inputs % group:
+        pytest.skip("groups of unequal size")
+    for ordered, symmetric in ((True, True), (False, False)):
+        tensors = gptq(inputs, outputs, group, ordered, symmetric, "cpu")
+        tensors[2][0, 0], tensors[2][:, 1], tensors[2][-1, 2] = -0.01, 0, 6e-8  # negative, a row of zeros, subnormal
+        packed = q4.pack(*tensors)
+        assert packed is not None and (packed.zeros is None) == symmetric
+        assert torch.equal(q4.dequantise(packed), linear_gptq.dequantise(*tensors))
+        x, bias = torch.randn(3, inputs).half(), torch.randn(outputs).half()
+        torch.testing.assert_close(linear_q4.linear_q4(x, packed, bias), linear_gptq.linear_gptq(x, *tensors, bias),
+                                   rtol=2e-3, atol=2e-2)  # fmt: skip
+
+
+def test_what_does_not_fit_is_left_to_torch():
+    assert q4.pack(*gptq(192, 64, 64, True, True, "cpu")) is None, "K is no multiple of 128"
+    words, zeros, scales, group = gptq(256, 64, 128, True, True, "cpu")
+    assert q4.pack(words, zeros, scales.float(), group) is None, "scales of 32 bits"
+    assert q4.pack(words.repeat(2, 1), zeros, scales, group) is None, "8 bits"
+    group[0] = 1
+    assert q4.pack(words, zeros, scales, group) is None, "groups of unequal size"
+
+
+def test_a_launch_names_the_tensor_that_is_wrong():
+    packed = q4.pack(*gptq(128, 64, 128, True, True, "cpu"))
+    x, y = torch.zeros(2, 128).half(), torch.zeros(2, 64).half()
+    for wrong, message in (
+        ({"x": x.float()}, "x must be float16 [2, 128], but is torch.float32"),
+        ({"y": y[:1]}, "y must be float16 [2, 64]"),
+        ({"y": torch.zeros(64, 2).half().T}, "y must be contiguous"),
+        ({"bias": torch.zeros(63).half()}, "bias must be float16 [64]"),
+    ):
+        arguments = {"x": x, "q4": packed, "bias": None, "y": y} | wrong
+        with pytest.raises(ValueError, match=re.escape(message)):
+            linear_q4.decode(**arguments)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_kernel_compiles_for_every_architecture_without_spills(name):
+    """Needs no GPU, only `pip install cupy-cuda13x nvidia-cuda-nvrtc`, which are too large to ask of everybody."""
+    pytest.importorskip("cupy", exc_type=ImportError)
+    kernels = {each.kernel for case in cases_of(name).odd("cpu") for each in case.launches if each.kernel.name == name}
+    for kernel in kernels:
+        for architecture in ARCHITECTURES[-1:] if kernel.hopper else ARCHITECTURES:
+            try:
+                _, log = launch.compile_kernel(kernel, architecture)
+            except RuntimeError as error:
+                if "libnvrtc" not in str(error):
+                    raise
+                pytest.skip("libnvrtc is not installed")
+            assert "0 bytes spill stores, 0 bytes spill loads" in log
+            assert "serialized" not in log, "wgmma waits for itself"
+
+
+def test_a_folder_that_others_can_write_holds_no_kernels(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    find = launch._cache_folder.__wrapped__
+    folder = find()
+    assert folder == tmp_path / "lorayard" / "kernels" and folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)
+    with pytest.warns(UserWarning, match="no folder that only this user can write"):
+        other = find()
+    assert other != folder
+    other.rmdir()
