@@ -293,4 +293,4 @@ def test_words_that_dry_and_xtc_leave_alone() -> None:
         generator._breakers(use) == generator._words.breakers and generator._ignored(use) == generator._words.line_ends
     )
     own = SamplingParams(dry_multiplier=1, xtc_probability=0.5, dry_breakers=(7,), xtc_ignore=())
-    assert (generator._breakers(own), generator._ignored(own)) == ({7}, frozenset())
+    assert (generator._breakers(own), generator._ignored(own)) == (frozenset([7]), frozenset())
