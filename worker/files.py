@@ -11,6 +11,7 @@ from lorayard.shared.errors import FileError
 T = TypeVar("T")
 REQUIRED: Any = object()
 """Default of a field that must be there."""
+MAX_BYTES = 8 << 20
 
 
 class JsonFile:
@@ -19,7 +20,11 @@ class JsonFile:
     def __init__(self, path: Path, error: type[FileError]) -> None:
         self.path, self.error = path, error
         try:
-            data = json.loads(path.read_bytes())
+            with path.open("rb") as file:
+                text = file.read(MAX_BYTES + 1)
+            if len(text) > MAX_BYTES:
+                raise error(f"{path} is larger than {MAX_BYTES >> 20} MiB")
+            data = json.loads(text)
         except OSError as reason:
             raise error(f"{path} cannot be read: {reason.strerror}") from None
         except (ValueError, RecursionError) as reason:

@@ -118,6 +118,12 @@ def test_a_config_that_is_no_object(text: str, folder: Path) -> None:
     refuse(folder, ModelError, "config.json")
 
 
+def test_a_config_that_is_too_large(folder: Path) -> None:
+    (folder / "config.json").write_text("{" + " " * (8 << 20) + "}")
+    with pytest.raises(ModelError, match="config.json is larger than 8 MiB"):
+        ModelConfig.from_directory(folder)
+
+
 def test_no_folder_no_config_no_weights(folder: Path) -> None:
     refuse(folder / "absent", ModelError, "absent is not a folder")
     (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
