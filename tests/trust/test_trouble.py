@@ -41,12 +41,15 @@ class Yard:
         self.engine.gate.set()
         self.dispatcher = Dispatcher(connect(url), Keys())
         scripts = [Scripts(connect(url, socket_timeout=SOCKET_TIMEOUT_S), Keys()) for _ in range(2)]
-        no_end = [lambda: self.faults.append(AssertionError())] * 2
-        self.worker = GpuWorker(scripts[0], scripts[1], GPU, f"{GPU}.aaaaaa", 8, *no_end, lease_ms)
+        self.worker = GpuWorker(scripts[0], scripts[1], GPU, f"{GPU}.aaaaaa", 8, self._fail, self._fail, lease_ms)
         assert self.worker.join_yard(30, {"slots": 2, "seats": 8, "window": 16}) is None
         self._threads = [threading.Thread(target=self._run, args=[target]) for target in (self._serve, self._work)]
         for thread in self._threads:
             thread.start()
+
+    def _fail(self) -> None:
+        """The worker wants to end for good, which nothing here is a reason for."""
+        self.faults.append(AssertionError())
 
     def _serve(self) -> None:
         self.dispatcher.serve()
