@@ -1,4 +1,4 @@
-"""y = x W + b with the weights of q4.py: up to 8 tokens by q4_decode, more by q4_mid, many by cuBLAS."""
+"""y = x W + b with the weights of q4.py: up to 16 tokens by q4_decode, more by q4_mid, many by cuBLAS."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from .launch import Kernel, Launch, launch, require, usable
 from .q4 import BLOCK, Q4, STEP, dequantise
 
-FEW, MANY = 8, 128
+FEW, MANY = 16, 128
 """Tokens of the largest batch of q4_decode, where q4_mid can run, and of both."""
 SHARED = {1: 231936, 2: 115200, 3: 76288}
 """Bytes of shared memory that each of so many blocks of a multiprocessor can have."""
@@ -19,7 +19,7 @@ SHARED = {1: 231936, 2: 115200, 3: 76288}
 def linear_q4(x: Tensor, q4: Q4, bias: Tensor | None) -> Tensor:
     """x [T, K], bias [N] -> [T, N]. To 128 tokens of fp16 the weights are read as they are stored.
 
-    A row's bits do not depend on the others within a family: to 8 tokens, to 128, more.
+    A row's bits do not depend on the others within a family: to 16 tokens, to 128, more.
     """
     if not usable(x) or len(x) > MANY or x.dtype != torch.float16:
         y = x @ dequantise(q4).to(x.dtype)
@@ -62,7 +62,7 @@ def _decode_shape(q4: Q4) -> DecodeShape:
     """As measured on an H200: as many blocks as fill it, and the rest of the work shared by warps."""
     rows = len(q4.factors)
     if rows > 8192:
-        return DecodeShape(4, 4, 1, 4)
+        return DecodeShape(2, 4, 2, 4)
     return DecodeShape(2, 8, 2, 2) if rows > 4096 else DecodeShape(2, 16, 1, 1)
 
 
@@ -90,8 +90,8 @@ def mid(x: Tensor, q4: Q4, bias: Tensor | None, y: Tensor, shape: MidShape | Non
     if shape.splits > 1:
         sums = [add_parts(partial.view(shape.splits, len(x), rows), bias, y)]
     stage, levels = shape.tokens * 256 + shape.warpgroups * 4096, _level_bytes(q4, shape)
-    stages = min(8, (SHARED[shape.blocks] - 256 - levels) // stage)
-    macros = {"WARPGROUPS": shape.warpgroups, "TOKENS": shape.tokens, "SPLITS": shape.splits, "BLOCKS": shape.blocks}
+    blocks, stages = _stages(shape.blocks, stage, 256 + levels)
+    macros = {"WARPGROUPS": shape.warpgroups, "TOKENS": shape.tokens, "SPLITS": shape.splits, "BLOCKS": blocks}
     kernel = Kernel("q4_mid", tuple((macros | {"STAGES": stages} | _format(q4)).items()), hopper=True)
     arguments = *_weights(q4), bias, image, y, partial, len(x), q4.outputs, rows, q4.inputs
     grid = rows // (BLOCK * shape.warpgroups) * shape.splits, tiles, 1
@@ -103,9 +103,23 @@ def _mid_shape(q4: Q4, tokens: int) -> MidShape:
     """As measured on an H200; `splits` must not hang on the tokens."""
     blocks, steps = q4.weights.shape[:2]
     few = next(n for n in (16, 32, 64) if n >= min(tokens, 64))
+    pairs = 2 - blocks % 2
     if blocks >= 256 or steps < 8:
-        return MidShape(2 - blocks % 2, few, 1, 2)
-    return MidShape(2 - blocks % 2, few, 8, 2) if steps >= 64 else MidShape(1, few, 4, 3)
+        return MidShape(pairs, few, 1, 2)
+    if steps >= 64:
+        return MidShape(pairs, few, 8, 2)
+    if tokens > 64 and blocks <= 64:
+        return MidShape(pairs, 128, 4, 1)
+    return MidShape(1, 128 if tokens > 64 else few, 4, 3)
+
+
+def _stages(blocks: int, stage: int, rest: int) -> tuple[int, int]:
+    """Blocks of a multiprocessor, at most so many, that have room for two stages or more, and the stages."""
+    for fewer in range(blocks, 0, -1):
+        stages = min(8, (SHARED[fewer] - rest) // stage)
+        if stages >= 2:
+            return fewer, stages
+    raise ValueError(f"two stages of {stage} bytes beside {rest} do not fit into shared memory; choose fewer tokens")
 
 
 def _level_bytes(q4: Q4, shape: MidShape) -> int:

@@ -2,6 +2,7 @@
 
     python tests/bench/kernels.py [NAME ...]
 
+A kernel's figure holds all launches of its case: q4_mid's those that arrange the tokens and add the parts too.
 `floor` is what reading the bytes at the measured bandwidth or the multiplications would take at least.
 """
 
