@@ -21,7 +21,12 @@ def linear_q4(x: Tensor, q4: Q4, bias: Tensor | None) -> Tensor:
 
     A row's bits do not depend on the others within a family: to 16 tokens, to 128, more.
     """
-    if not usable(x) or len(x) > MANY or x.dtype != torch.float16:
+    if usable(x) and (len(x) > MANY or x.dtype != torch.float16):
+        weight = torch.empty(len(q4.factors), q4.inputs, dtype=torch.float16, device=x.device)
+        launch(widen(q4, weight))
+        ordered = x if q4.order is None else x[:, q4.order]
+        return torch.nn.functional.linear(ordered, weight[: q4.outputs].to(x.dtype), bias)
+    if not usable(x):
         y = x @ dequantise(q4).to(x.dtype)
         return y if bias is None else y + bias
     y = x.new_empty(len(x), q4.outputs)
@@ -31,6 +36,14 @@ def linear_q4(x: Tensor, q4: Q4, bias: Tensor | None) -> Tensor:
     elif len(x):
         launch(decode(x, q4, bias, y))
     return y
+
+
+def widen(q4: Q4, out: Tensor) -> Launch:
+    """The launch of q4_dequantise: out fp16 [N to whole blocks, K], columns as they are stored."""
+    rows, steps = len(q4.factors), q4.weights.shape[1]
+    require("out", out, torch.float16, rows, q4.inputs, like=q4.weights)
+    kernel = Kernel("q4_dequantise", tuple(_format(q4).items()))
+    return Launch(kernel, (steps, rows // BLOCK, 1), 256, (*_weights(q4), out, q4.inputs))
 
 
 class DecodeShape(NamedTuple):
