@@ -123,5 +123,5 @@ def test_a_model_that_does_not_load_is_one_sentence(tmp_path):
     done = subprocess.run([*UP, *arguments], capture_output=True, text=True, timeout=TIMEOUT_S)
     assert done.returncode == 4
     assert re.fullmatch(
-        r"lorayard: the worker did not start \(status 4\):\n  \S+/model/\S+ is missing.*\n", done.stderr
+        r"lorayard: the worker did not start \(status 4\):\n  \S+/model\b.*tokenizer.*\n", done.stderr
     ), done.stderr
