@@ -9,16 +9,17 @@ A kernel's figure holds all launches of its case: q4_mid's those that arrange th
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from itertools import count
 from pathlib import Path
 from statistics import median
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
-from case import NAMES, Case, cases_of
-
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from lorayard.kernels.launch import launch
+from tests.kernels.case import NAMES, Case, cases_of
 
 COLD = 320 << 20
 """Bytes of inputs before they come again, several times the L2 cache."""
@@ -33,7 +34,7 @@ def bandwidth() -> float:
     return 2 * source.nbytes / (replay([lambda: torch.neg(source, out=target)] * 4) * 1e-6)
 
 
-def replay(steps: list, repeats: int = 7) -> float:
+def replay(steps: list[Callable[[], object]], repeats: int = 7) -> float:
     """Median microseconds of a step in a graph of all of them."""
     for step in steps[:2]:
         step()
@@ -53,6 +54,12 @@ def replay(steps: list, repeats: int = 7) -> float:
     return median(times[2:])
 
 
+def run(case: Case) -> None:
+    """All its launches."""
+    for each in case.launches:
+        launch(each)
+
+
 def time(make, least: int = 24) -> tuple[float, Case]:
     """Microseconds of a case whose inputs rotate."""
     cases, taken = [], 0
@@ -61,7 +68,7 @@ def time(make, least: int = 24) -> tuple[float, Case]:
         taken += cases[-1].bytes
         if taken > COLD or made == 48:
             break
-    steps = [lambda case=case: [launch(each) for each in case.launches] for case in cases]
+    steps = [partial(run, case) for case in cases]
     return replay(steps * -(-least // len(steps))), cases[0]
 
 

@@ -38,7 +38,7 @@ class Case:
 
 def cases_of(name: str):
     """The module that describes a kernel."""
-    return importlib.import_module(f"cases.{name}")
+    return importlib.import_module(f".cases.{name}", __package__)
 
 
 def poisoned(*shape: int, dtype: torch.dtype = torch.float16, device: str = "cpu") -> Tensor:

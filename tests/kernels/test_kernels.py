@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import emulator
-from case import NAMES, cases_of, check
-
 from lorayard.kernels.launch import launch, usable
+
+from . import emulator
+from .case import NAMES, cases_of, check
 
 
 @pytest.mark.parametrize("name", NAMES)

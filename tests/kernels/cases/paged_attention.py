@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from case import Case, Real, poisoned
 
 from lorayard.kernels import attention, paged_attention
+
+from ..case import Case, Real, poisoned
 
 PAGE = 256
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from case import Case, Real, poisoned
 
 from lorayard.kernels import linear_gptq, linear_q4, q4
+
+from ..case import Case, Real, poisoned
 
 LINEARS = {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "down": (14336, 4096)}
 

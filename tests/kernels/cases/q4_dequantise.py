@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from case import Case, Real, poisoned
-
 from lorayard.kernels import linear_gptq, linear_q4, q4
 
+from ..case import Case, Real, poisoned
 from .q4_decode import LINEARS, gptq
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from case import Case, Real, poisoned
 
-from cases.q4_decode import LINEARS, gptq
 from lorayard.kernels import linear_gptq, linear_q4, q4
+
+from ..case import Case, Real, poisoned
+from .q4_decode import LINEARS, gptq
 
 
 def odd(device: str) -> Iterator[Case]:

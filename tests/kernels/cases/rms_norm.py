@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from case import Case, Real, poisoned
 
 from lorayard.kernels.rms_norm import norm
+
+from ..case import Case, Real, poisoned
 
 EPS = 1e-5
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from case import Case, Real, poisoned
 
 from lorayard.kernels.rope_append import append
+
+from ..case import Case, Real, poisoned
 
 PAGE = 256
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from case import Case, Real, poisoned
 
 from lorayard.kernels.silu_mul import gated
+
+from ..case import Case, Real, poisoned
 
 
 def make(rows: int, width: int, dtype: torch.dtype, device: str, alone: bool = True) -> Case:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from case import Case, Real, poisoned
 
 from lorayard.kernels import linear_q4
+
+from ..case import Case, Real, poisoned
 
 
 def make(parts: int, tokens: int, outputs: int, width: int, device: str) -> Case:
