@@ -20,7 +20,6 @@ from .keys import Keys
 
 STOP_GRACE_S = 45.0  # a worker lets running jobs finish for 30 of them
 RESTART_PAUSE_S = 1.0
-TAIL_LINES = 12
 PATIENCE_S = 15.0
 
 
@@ -28,10 +27,10 @@ class ChildEnded(LorayardError):
     """A process of the yard ended while it should have started; the end of its log says why."""
 
     def __init__(self, name: str, status: int, log_file: Path) -> None:
-        tail = log_file.read_text(errors="replace").splitlines()[-TAIL_LINES:]
-        if tail and tail[-1].startswith("lorayard: "):  # it reported a fault of the user in one sentence
-            tail = [tail[-1].removeprefix("lorayard: ")]
-        super().__init__("\n  ".join([f"the {name} did not start (status {status}):", *tail]))
+        last = (log_file.read_text(errors="replace").split("\n")[:-1] or ["it said nothing"])[-1]
+        is_sentence = last.startswith("lorayard: ")  # it reported a fault of the user
+        why = last.removeprefix("lorayard: ") if is_sentence else f"{last}; {log_file} has all that it said"
+        super().__init__(f"the {name} did not start (status {status}): {why}")
         self.exit_status = status if status > 0 else LorayardError.exit_status
 
 

@@ -122,6 +122,6 @@ def test_a_model_that_does_not_load_is_one_sentence(tmp_path):
     arguments = [str(tmp_path / "model"), "--cpu-workers", "1", "--data", str(tmp_path / "data")]
     done = subprocess.run([*UP, *arguments], capture_output=True, text=True, timeout=TIMEOUT_S)
     assert done.returncode == 4
-    assert re.fullmatch(
-        r"lorayard: the worker did not start \(status 4\):\n  \S+/model\b.*tokenizer.*\n", done.stderr
-    ), done.stderr
+    assert re.fullmatch(r"lorayard: the worker did not start \(status 4\): \S+/model\b.*tokenizer.*\n", done.stderr), (
+        done.stderr
+    )

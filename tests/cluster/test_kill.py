@@ -13,7 +13,8 @@ JOBS, IN_FLIGHT = 32, 16
 """Of a batch on two workers, and what the victim has of it at least."""
 UNREAD = 200
 LIVELY = [
-    {}, {"mirostat": 1, "mirostat_tau": 5, "temperature": 2}, {"dry_multiplier": 1, "repetition_range": 9, "repetition_decay": 9},
+    {}, {"mirostat": 1, "mirostat_tau": 5, "temperature": 2},
+    {"dry_multiplier": 1, "repetition_range": 9, "repetition_decay": 9},
     {"banned_strings": '["e"]', "xtc_probability": 0.5}, {"token_healing": 1, "typical": 0.9, "top_a": 0.1},
 ]  # fmt: skip
 """Draws that depend on more than the last token."""

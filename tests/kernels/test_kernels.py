@@ -26,6 +26,7 @@ def test_a_kernel_is_right_on_the_emulator(name):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_kernel_is_right_on_the_gpu(name):
     torch.manual_seed(torch.seed() % 2**32)

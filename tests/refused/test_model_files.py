@@ -218,7 +218,7 @@ def test_devices_that_are_not_there(devices: Any, words: str, folder: Path) -> N
 
 
 def test_a_model_too_large_for_its_limits(folder: Path) -> None:
-    with pytest.raises(ModelError, match="need .* GiB, the devices give cpu 0.00 GiB"):
+    with pytest.raises(ModelError, match="need .* MiB, the devices give cpu 0.0 MiB"):
         Model(ModelConfig.from_directory(folder)).load(devices={"cpu": "10KiB"})
 
 

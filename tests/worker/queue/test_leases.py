@@ -130,7 +130,7 @@ def test_rq_never_finds_a_lease_ended_before_we_do(bench, engine):
 
 @pytest.mark.parametrize("lost_answer", [1, 2, 3, 5])
 def test_what_is_sent_again_arrives_once(bench, engine, monkeypatch, lost_answer):
-    engine.step_s = 0.002
+    engine.step_s = 0.01
     calls = []
     worker = bench.worker(engine)
     report = worker.scripts.report
