@@ -41,6 +41,9 @@ def worker_options(function: Decorated) -> Decorated:
         ("--max-batch", click.IntRange(1), "Jobs that a worker runs at once."),
         ("--cache-tokens", click.IntRange(256), "Tokens of K/V cache of a worker."),
         ("--cache-dtype", str, "fp16, bf16, fp32, q8, q6 or q4."),
+        ("--max-seq-len", click.IntRange(1), "Longest text in tokens. Default: what config.json says."),
+        ("--rope-alpha", click.FloatRange(1), "Stretch RoPE's base (NTK)."),
+        ("--rope-scale", click.FloatRange(1), "Divide positions by this."),
         ("--host", str, "Name of this host in the names of its workers."),
     ]):  # fmt: skip
         function = click.option(name, type=kind, help=text)(function)

@@ -43,6 +43,16 @@ def test_the_same_seed_gives_the_same_text(capsys: pytest.CaptureFixture[str]) -
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_what_changes_the_model(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for words in ([], ["--rope-scale", "4"], ["--rope-alpha", "1000"]):
+        assert run([*DEMO, "--max-tokens", "20", *words, "What does len do?"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert len(set(texts)) == 3
+    assert run([*DEMO, "--max-seq-len", "8", "--max-tokens", "20", "What does len do?"]) == 1
+    assert "together they may be at most 8" in capsys.readouterr().err
+
+
 def test_samples_settings_and_banned_text(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--max-tokens", "9", "--seed", "3", "--samples", "2", "--set", "xtc_probability=0.5", "--ban", "e"]
     assert run([*DEMO[:3], "--preset", "exllamav2", "--temperature", "20", "--heal", *options, "What", "Why"]) == 0

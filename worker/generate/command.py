@@ -23,6 +23,7 @@ from ..models.config import ModelConfig
 from ..models.devices import over
 from ..models.loading import Pace
 from ..models.model import Model
+from ..models.options import model_options, overrides
 from ..text.tokenizer import Tokenizer
 from .generator import Generator, Handle
 
@@ -53,10 +54,11 @@ DEFAULT_MAX_TOKENS = 256
 @click.option("--gpu-split", metavar="GIB,...", help="GiB of each GPU in order, such as 20,8.")
 @click.option("--cache-tokens", type=click.IntRange(1), default=32768, show_default=True, help="Tokens of K/V cache.")
 @click.option("--cache-dtype", default="fp16", show_default=True, help="fp16, bf16, fp32, q8, q6 or q4.")
+@model_options
 def generate(
     arguments: tuple[str, ...], demo: bool, roots: tuple[Path, ...], adapter: str, max_tokens: int | None,
     preset: str, settings: tuple[str, ...], samples: int, ban: tuple[str, ...], heal: bool, stop: tuple[str, ...],
-    chat: bool, devices: str, gpu_split: str | None, cache_tokens: int, cache_dtype: str, **sampling: float | None,
+    chat: bool, devices: str, gpu_split: str | None, cache_tokens: int, cache_dtype: str, **options: float | None,
 ) -> None:  # fmt: skip
     """Answer prompts with the engine alone: no Redis, no queue. Several prompts run in one batch.
 
@@ -69,14 +71,15 @@ def generate(
     if folder is None or not prompts:
         raise UsageError("a prompt is missing: give MODEL PROMPT..., or --demo PROMPT...")
     lora_set = LoraSet.parse(adapter)
-    given = {name: value for name, value in sampling.items() if value is not None}
+    changes = overrides(options)
+    given = {name: value for name, value in options.items() if value is not None and name not in changes}
     params = SamplingParams.preset(preset, **_read_settings(settings) | given)
     tokenizer = Tokenizer.from_directory(folder)
     encoded = [
         tokenizer.encode_chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
         for prompt in prompts
     ]
-    model = Model(ModelConfig.from_directory(folder))
+    model = Model(ModelConfig.from_directory(folder, **changes))
     cache = Cache(model, cache_tokens, cache_dtype)
     model.load(cache, over(devices, gpu_split), _progress())
     generator = Generator(model, cache, tokenizer)

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 
 import click
 
@@ -19,6 +18,7 @@ from lorayard.shared.keys import Keys
 from lorayard.shared.scripts import Scripts
 
 from ..models.devices import limited
+from ..models.options import model_options, overrides
 from .spec import CACHE_TOKENS, GRACE_S, HANG_S, MAX_BATCH, SLOTS, WorkerSpec, gpu_name
 from .supervisor import Supervisor
 
@@ -28,17 +28,6 @@ Examples:
   lorayard worker /models/llama --adapters /adapters --devices cuda:0,cuda:1 --slots 16
   lorayard worker /models/large --adapters /adapters --gpu-split 60,60 --cache-dtype q8
   lorayard worker /models/small --adapters /adapters --cpu-workers 2"""
-
-
-def model_options(command: Callable[..., int]) -> Callable[..., int]:
-    """Options that change what config.json says, named as in ModelConfig.from_directory."""
-    for name, kind, words in (
-        ("--rope-scale", click.FloatRange(1), "Divide positions by this, as linear RoPE scaling does."),
-        ("--rope-alpha", click.FloatRange(1), "Stretch RoPE's base for texts about this many times as long (NTK)."),
-        ("--max-seq-len", click.IntRange(1), "Longest text in tokens. Default: what config.json says."),
-    ):
-        command = click.option(name, type=kind, help=words)(command)
-    return command
 
 
 @click.command(epilog=EXAMPLE)
@@ -104,7 +93,7 @@ def worker(
     hang: float,
     redis_url: str,
     prefix: str,
-    **overrides: float | None,
+    **changes: float | None,
 ) -> int:
     """Run the workers of this host for the model in folder MODEL, one per GPU, and start again those that die.
 
@@ -118,7 +107,7 @@ def worker(
         WorkerSpec(
             gpu, "", os.path.abspath(model), tuple(map(os.path.abspath, adapters)), over, prefix, slots, max_batch,
             cache_tokens, grace, hang, cache_dtype=cache_dtype,
-            overrides={name: value for name, value in overrides.items() if value is not None},
+            overrides=overrides(changes),
         )
         for gpu, over in grouped(places(host or socket.gethostname(), cpu_workers, devices), gpu_split)
     ]  # fmt: skip
