@@ -106,7 +106,7 @@ INLINE void write(u16* out, const long long* tokens, int head, int row, int d, c
   out[at * DIM + d] = (u16)pack_half(merged.sum / merged.total, 0);
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 3)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, DIM == 128 ? 2 : 3)
 paged_attention(const u16* __restrict__ q, const u16* __restrict__ k_pool, const u16* __restrict__ v_pool,
           const long long* __restrict__ tokens, const long long* __restrict__ positions,
           const long long* __restrict__ table, u16* __restrict__ out, float* partial, int* arrived, int pages, int page,
