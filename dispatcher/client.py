@@ -13,7 +13,7 @@ from typing import Any
 from redis import Redis
 from redis import asyncio as redis_asyncio
 
-from lorayard.shared.connect import connect, connect_async
+from lorayard.shared.connect import close_async, connect, connect_async
 from lorayard.shared.keys import Keys
 
 from .answers import (
@@ -110,7 +110,7 @@ class AsyncClient:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self.redis.aclose()
+        await close_async(self.redis)
 
     async def submit(
         self, prompt: str | None = None, *, adapter: str = "", cls: str = "normal", **fields: Any

@@ -126,6 +126,14 @@ def connect_async(url: str) -> redis_asyncio.Redis:
         raise UsageError(f"the Redis URL {display(url)} is malformed: {error}") from None
 
 
+async def close_async(client: redis_asyncio.Redis) -> None:
+    """Close the connections of a client of `connect_async`, and those to the sentinels that it has asked."""
+    await client.aclose()
+    manager = getattr(client.connection_pool, "sentinel_manager", None)
+    for sentinel in manager.sentinels if manager else ():
+        await sentinel.aclose()
+
+
 def _client(url: str, options: dict[str, Any]) -> redis.Redis:
     watched = _watched(url, options)
     if watched is None:
