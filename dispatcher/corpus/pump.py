@@ -8,7 +8,6 @@ position, so sending it twice is sending it once.
 from __future__ import annotations
 
 import itertools
-import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,8 +25,6 @@ from .ledger import DONE, FAILED, REJECTED, Ended
 from .request import Maker, Request
 from .shards import fitted
 from .source import Row
-
-log = logging.getLogger(__name__)
 
 READER = "corpus"
 READ, READ_MS = 500, 100
@@ -63,7 +60,7 @@ class _Sent(NamedTuple):
 
 
 class Pump:
-    """One run. `heard(pump)` is called in every turn; `wish()` says `stop` or `cancel` to end before the end."""
+    """One run. `heard(pump)` is called in every turn; `wish()` says `pause` or `cancel` to end before the end."""
 
     def __init__(
         self, redis: Any, keys: Keys, folder: Folder, maker: Maker, rows: Iterator[Row],
