@@ -117,7 +117,6 @@ def run(source: str, out: Path, as_json: bool, redis_url: str, prefix: str, **op
     folder = Folder.make(out, made, digest, column_types(row.columns for row in first if not row.fault))
     held = folder.lock()
     folder.ledger.set(wish="")
-    folder.ledger.retry("cancelled")
     maker = Maker(folder.corpus, {name: one.digest for name, one in yard.adapters.items()}, base)
     all_rows = itertools.chain(first, found)
     total = len(first) * made.sample.n if len(first) < FIRST_ROWS else None

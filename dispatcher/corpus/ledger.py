@@ -48,12 +48,15 @@ class Ledger:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(SCHEMA)
-            self.ended = bytearray()
-            for (position,) in self._db.execute("SELECT position FROM texts"):
-                self._mark(position)
-            self.generations = dict(self._db.execute("SELECT position, generation FROM retries"))
+            self._load()
         except sqlite3.Error as error:
             raise FileError(f"the ledger {path} cannot be used: {error}") from None
+
+    def _load(self) -> None:
+        self.ended = bytearray()
+        for (position,) in self._db.execute("SELECT position FROM texts"):
+            self._mark(position)
+        self.generations = dict(self._db.execute("SELECT position, generation FROM retries"))
 
     def close(self) -> None:
         """Give the file back."""
@@ -130,7 +133,16 @@ class Ledger:
                 "ON CONFLICT (position) DO UPDATE SET generation = generation + 1",
                 (code,),
             )
-            return self._db.execute(f"DELETE FROM texts WHERE {wanted}", (code,)).rowcount
+            count = self._db.execute(f"DELETE FROM texts WHERE {wanted}", (code,)).rowcount
+        self._load()
+        return count
+
+    def again(self, position: int) -> None:
+        """Let a text that has not ended run under a new job id."""
+        generation = self.generations.get(position, 0) + 1
+        with self._transaction():
+            self._db.execute("INSERT OR REPLACE INTO retries VALUES (?, ?)", (position, generation))
+        self.generations[position] = generation
 
     def all(self) -> Iterator[Ended]:
         """Every text that has ended, in the order of positions."""

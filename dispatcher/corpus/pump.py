@@ -214,11 +214,13 @@ class Pump:
         fields = event.fields
         if event.kind != "done":
             code = fields.get("code", event.kind)
+            self._entries.append(entry)
             if code == "busy":  # the same id may be sent again, later
-                self._entries.append(entry)
                 self._again.append((time.monotonic() + BUSY_S, request))
+            elif code == "cancelled":  # by `corpus cancel`, before this run
+                self.folder.ledger.again(request.position)
+                self._again.append((time.monotonic(), request))
             else:
-                self._entries.append(entry)
                 self._fail(request, code, fields.get("error", ""))
             return
         row = fitted(request.columns, self.folder.types) | {

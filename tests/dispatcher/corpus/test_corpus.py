@@ -204,6 +204,20 @@ def test_failed_texts_are_retried_on_request(yard: LiveYard, tmp_path: Path) -> 
     assert command(yard, *words).returncode == 0
 
 
+def test_a_cancelled_corpus_goes_on(empty_yard: LiveYard, tmp_path: Path) -> None:
+    yard, source = empty_yard, write(tmp_path / "in.jsonl", many(20))
+    worker = yard.work()
+    yard.halt(worker)
+    yard.serve()
+    first = pump(yard, tmp_path / "out", source)
+    first.wish = lambda: "cancel" if len(first.out) == 20 else ""
+    assert not first.run()
+    yard.until(lambda: not any(map(int, yard.redis.hvals(KEYS.depth))))
+    yard.work(gpu="gpu-h-1")
+    assert pump(yard, tmp_path / "out", source).run()
+    whole(tmp_path / "out", 20)
+
+
 def test_openai_batch_files_as_they_are(yard: LiveYard, tmp_path: Path) -> None:
     chat = {"model": "a", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5, "temperature": 0}
     bodies = [
