@@ -14,6 +14,7 @@ from lorayard.shared.errors import AdapterError, SlotBusy, UsageError
 from lorayard.worker import Lora, Model, ModelConfig
 from lorayard.worker.lora.bank import LoraBank
 from lorayard.worker.lora.folders import adapter_digest
+from lorayard.worker.models.batch import LoraRows
 
 from ..tiny import write_adapter, write_model
 
@@ -136,3 +137,17 @@ def test_ranks_that_do_not_fit_and_no_combination(loras: list[Lora], model: Mode
             LoraBank(model).place(none)
     with pytest.raises(UsageError):
         LoraBank(model, slots=0)
+
+
+def test_linears_side_by_side_have_the_bits_of_each(loras: list[Lora], model: Model) -> None:
+    bank = LoraBank(model, slots=2)
+    slot, rows = bank.place(tuple(loras[:2])), torch.tensor([1, 2, 4])
+    use = LoraRows(slot, rows, bank.rank_scales(slot, (0.5, -2.0)).expand(len(rows), -1))
+    prepared = bank.prepare((use,), torch.device("cpu"))
+    names = tuple(f"model.layers.1.self_attn.{last}_proj" for last in "qkv")
+    shapes = [model.linears[name].shape for name in names]
+    x, ys = torch.randn(6, shapes[0].in_features), [torch.randn(6, shape.out_features) for shape in shapes]
+    joined = bank.apply(names, x, torch.cat(ys, 1), prepared)
+    alone = [bank.apply(name, x, y.clone(), prepared) for name, y in zip(names, ys, strict=True)]
+    assert torch.equal(joined, torch.cat(alone, 1)) and not torch.equal(alone[0][rows], ys[0][rows])
+    assert torch.equal(joined[[0, 3, 5]], torch.cat(ys, 1)[[0, 3, 5]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -16,8 +17,9 @@ from lorayard.shared.job import MAX_RANK_SUM
 
 from ..models.adapters import Adapter, Change
 from ..models.batch import LoraRows
+from ..models.model import linear_shapes
 from .change import change_embedded, change_output
-from .config import INPUT, OUTPUT
+from .config import INPUT
 
 if TYPE_CHECKING:
     from ..models.model import Model
@@ -83,6 +85,7 @@ class LoraBank:
         self.max_rank = MAX_RANK_SUM if max_rank is None else max_rank
         self.swaps = 0
         self._slots = [_Slot() for _ in range(slots)]
+        self._shapes = {shape.name: shape for shape in linear_shapes(model.config)}
         self._clock = 0
 
     @property
@@ -143,8 +146,16 @@ class LoraBank:
         changing = tuple(_on(use, device) for use in loras if self._slots[use.slot].changes)
         return Prepared(tuple(Group.of(uses, device) for uses in classes.values()), changing)
 
-    def apply(self, name: str, x: Tensor, y: Tensor, prepared: Prepared) -> Tensor:
-        """y [T, N] of the linear `name` for its input x [T, K], with what each slot does to its rows, in place."""
+    def apply(self, names: str | tuple[str, ...], x: Tensor, y: Tensor, prepared: Prepared) -> Tensor:
+        """y [T, N] of the linears `names`, side by side, for x [T, K], with each slot's work on its rows, in place."""
+        start = 0
+        for name in (names,) if isinstance(names, str) else names:
+            end = start + self._shapes[name].out_features
+            self._apply(name, x, y[:, start:end], prepared)
+            start = end
+        return y
+
+    def _apply(self, name: str, x: Tensor, y: Tensor, prepared: Prepared) -> None:
         for use in prepared.changing:
             for column, change in self._slots[use.slot].changes.get(name, ()):
                 scale = use.scales[:, column : column + 1]
@@ -159,7 +170,6 @@ class LoraBank:
                 touched = [pair or blank for pair in pairs]
             a, b = (torch.stack(halves) for halves in zip(*touched, strict=True))
             add_lora(x, y, group.rows, group.scales, a, b)
-        return y
 
     def embed(self, name: str, token_ids: Tensor, h: Tensor, loras: tuple[LoraRows, ...]) -> Tensor:
         """h [T, N] of the embedding `name` for token_ids [T], likewise."""
@@ -209,8 +219,8 @@ class LoraBank:
     def _device(self, module: str) -> torch.device:
         if module == INPUT:
             return self.model.embedding.device
-        head = self.model.head if module == OUTPUT else None
-        return (head or self.model.linears[module]).device
+        layer = re.match(r"model\.layers\.(\d+)\.", module)
+        return self.model.layer_devices[int(layer[1])] if layer else self.model.norm.device
 
 
 def check_set(pairs: Sequence[tuple[Adapter, float]]) -> None:

@@ -21,8 +21,8 @@ class Bank(Protocol):
     def prepare(self, loras: tuple[LoraRows, ...], device: torch.device) -> Any:
         """What `apply` needs of a step, on `device`."""
 
-    def apply(self, name: str, x: Tensor, y: Tensor, prepared: Any) -> Tensor:
-        """y [T, N] of the linear `name` for its input x [T, K], with what every slot in use does to its rows."""
+    def apply(self, names: str | tuple[str, ...], x: Tensor, y: Tensor, prepared: Any) -> Tensor:
+        """y [T, N] of the linears `names`, side by side, for x [T, K], with what every slot in use does to its rows."""
 
     def embed(self, name: str, token_ids: Tensor, h: Tensor, loras: tuple[LoraRows, ...]) -> Tensor:
         """h [T, N] of the embedding `name` for token_ids [T], likewise; before any scale that the model puts on h."""
