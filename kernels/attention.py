@@ -19,9 +19,9 @@ LOWEST = -1e38
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """A step's queries in tiles of TILE tokens of one sequence, those with the most blocks of keys first.
+    """A step's queries in tiles of up to TILE tokens of one sequence, those with the most blocks of keys first.
 
-    rows int64 [n, TILE]: tokens; a short tile repeats its first. positions int64 [n, TILE]. pages int64 [n, P].
+    rows int64 [n, width]: tokens; a short tile repeats its first. positions int64 [n, width]. pages int64 [n, P].
     place int64 [T]: a token's index in the flat tiles. Keys are read in blocks of `block` tokens, a part of a page;
     first int64 [n]: the first block that a tile sees. active: how many tiles see an i-th block from there on.
     window: keys that a query sees, itself included; 0 for all.
@@ -37,7 +37,7 @@ class Tiles:
     active: tuple[int, ...]
 
     def hidden(self, i: int) -> Tensor:
-        """bool [n, TILE, block] of the tiles that see an i-th block: the keys that a query does not see."""
+        """bool [n, width, block] of the tiles that see an i-th block: the keys that a query does not see."""
         n = self.active[i]
         within = torch.arange(self.block, device=self.positions.device)
         keys = ((self.first[:n, None] + i) * self.block + within)[:, None]
@@ -89,6 +89,18 @@ def tile(
     )
 
 
+def decode_tiles(positions: Tensor, page_table: Tensor, page: int, window: int = 0) -> Tiles:
+    """One query a sequence, by operations of the device alone, so that a graph can hold them.
+
+    positions int64 [B]; page_table int64 [B, P], both on the device, pages of `page` tokens. A row that pads a batch
+    has position 0 and a page that no sequence owns.
+    """
+    count, pages = page_table.shape
+    rows = torch.arange(count, device=positions.device)
+    first = torch.zeros_like(rows)
+    return Tiles(rows[:, None], positions[:, None], page_table, rows, first, window, page, (count,) * pages)
+
+
 def attend(q: Tensor, k_pool: Pool, v_pool: Pool, tiles: Tiles, scale: float, cap: float = 0.0) -> Tensor:
     """q [T, heads, D], pools of the keys k and values v -> softmax(f(q kᵀ * scale)) v, [T, heads, D] in q's dtype.
 
@@ -98,16 +110,16 @@ def attend(q: Tensor, k_pool: Pool, v_pool: Pool, tiles: Tiles, scale: float, ca
     on a block that it does not see.
     """
     if usable(q) and isinstance(k_pool, FloatPool) and isinstance(v_pool, FloatPool):
-        if fits(q, k_pool.values, len(tiles.rows), tiles.pages.shape[1] * k_pool.shape[2]):
+        if fits(q, k_pool.values, *tiles.rows.shape, tiles.pages.shape[1] * k_pool.shape[2]):
             result = torch.empty_like(q)
             pools, tables = (k_pool.values, v_pool.values), (tiles.rows, tiles.positions, tiles.pages)
             launch(attend_pages(q, pools, *tables, result, scale, cap, tiles.window))
             return result
     heads, dim = q.shape[1:]
-    kv_heads = k_pool.shape[1]
+    kv_heads, width = k_pool.shape[1], tiles.rows.shape[1]
     queries = (q.float() * scale).index_select(0, tiles.rows.flatten())
-    queries = queries.view(-1, TILE, kv_heads, heads // kv_heads, dim).permute(0, 2, 3, 1, 4)
-    queries = queries.reshape(-1, TILE * heads // kv_heads, dim)
+    queries = queries.view(-1, width, kv_heads, heads // kv_heads, dim).permute(0, 2, 3, 1, 4)
+    queries = queries.reshape(-1, width * heads // kv_heads, dim)
     top = queries.new_full((*queries.shape[:2], 1), LOWEST)
     total, out = torch.zeros_like(top), torch.zeros_like(queries)
     for i, active in enumerate(tiles.active):
@@ -115,11 +127,11 @@ def attend(q: Tensor, k_pool: Pool, v_pool: Pool, tiles: Tiles, scale: float, ca
         scores = torch.bmm(queries[:n], tiles.read(k_pool, i).transpose(1, 2))
         if cap:
             scores = scores.div_(cap).tanh_().mul_(cap)
-        scores.view(active, heads, TILE, tiles.block).masked_fill_(tiles.hidden(i)[:, None], -torch.inf)
+        scores.view(active, heads, width, tiles.block).masked_fill_(tiles.hidden(i)[:, None], -torch.inf)
         peak = torch.maximum(top[:n], scores.amax(-1, keepdim=True))
         weights, kept = scores.sub_(peak).exp_(), (top[:n] - peak).exp_()
         total[:n] = total[:n] * kept + weights.sum(-1, keepdim=True)
         out[:n] = out[:n] * kept + torch.bmm(weights, tiles.read(v_pool, i))
         top[:n] = peak
-    out = (out / total).view(-1, heads, TILE, dim).transpose(1, 2)
+    out = (out / total).view(-1, heads, width, dim).transpose(1, 2)
     return out.reshape(-1, heads, dim).index_select(0, tiles.place).to(q.dtype)

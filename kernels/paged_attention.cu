@@ -162,6 +162,7 @@ paged_attention(const u16* __restrict__ q, const u16* __restrict__ k_pool, const
   if (threadIdx.x == 0) place = count_up(arrived + pair);
   __syncthreads();
   if (place != splits - 1) return;
+  if (threadIdx.x == 0) arrived[pair] = 0;  // for the next launch
   fence_device();
   own = partial + pair * gridDim.x * ROWS * ROW;
   for (int i = threadIdx.x; i < ROWS * DIM; i += WARPS * 32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,17 +14,23 @@ SPLIT = 512
 """Keys that a block of threads reads; always the same, for the bits of a row hang on it."""
 DIMS = (64, 128)
 LOG2_E = math.log2(math.e)
-
-
 MOST = 256 << 20
 """Bytes of partial results that a launch may take."""
+COUNTERS = 1 << 16
+"""Counters that a launch has at least: enough for any step that only decodes."""
 
 
-def fits(q: Tensor, pool: Tensor, tiles: int, span: int) -> bool:
-    """Whether the kernel takes queries [T, heads, D], a pool [pages, kv_heads, page, D] and tables of `span` tokens."""
+@cache
+def counters(device: torch.device, size: int) -> Tensor:
+    """int32 [size], zeros: each launch leaves them so. Not first called while a graph is captured."""
+    return torch.zeros(size, dtype=torch.int32, device=device)
+
+
+def fits(q: Tensor, pool: Tensor, tiles: int, width: int, span: int) -> bool:
+    """Whether the kernel takes q [T, heads, D] in `tiles` of `width`, a pool [pages, kv_heads, page, D], `span` keys."""
     heads, dim = q.shape[1:]
     halves = q.dtype == pool.dtype == torch.float16 and q.is_contiguous()
-    partial = 4 * tiles * heads * -(-span // SPLIT) * (dim + 2) * 4
+    partial = width * tiles * heads * -(-span // SPLIT) * (dim + 2) * 4
     return halves and dim in DIMS and heads // pool.shape[1] <= 16 and pool.shape[2] % 16 == 0 and 0 < partial <= MOST
 
 
@@ -54,7 +61,7 @@ def attend_pages(
     parts = 1 if decoding else tile // queries
     splits = -(-pages.shape[1] * page // SPLIT)
     partial = q.new_empty(tiles * parts * kv_heads * splits * queries * group * (dim + 2), dtype=torch.float32)
-    arrived = torch.zeros(tiles * parts * kv_heads, dtype=torch.int32, device=q.device)
+    arrived = counters(q.device, max(COUNTERS, 1 << (tiles * parts * kv_heads - 1).bit_length()))
     macros = {"QUERIES": queries, "GROUP": group, "HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim, "SPLIT": SPLIT}
     macros |= {"STRIDE": tile, "BLOCKS": parts}
     inner, outer = (scale / cap, cap * LOG2_E) if cap else (scale * LOG2_E, 0.0)

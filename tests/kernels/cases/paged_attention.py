@@ -30,7 +30,10 @@ def make(
     pools = [torch.randn(count, heads[1], page, dim, device=device).half() for _ in range(2)]
     sequence = torch.arange(len(contexts)).repeat_interleave(torch.tensor(queries))
     positions = torch.cat([torch.arange(n - m, n) for n, m in zip(contexts, queries, strict=True)])
-    tiles = attention.tile(sequence, positions, table, page, page, torch.device(device), window)
+    if set(queries) == {1}:
+        tiles = attention.decode_tiles(positions.to(device), table.to(device), page, window)
+    else:
+        tiles = attention.tile(sequence, positions, table, page, page, torch.device(device), window)
     q = torch.randn(len(sequence), heads[0], dim, device=device).half()
     out = poisoned(*q.shape, device=device)
     arrays = tiles.rows, tiles.positions, tiles.pages.contiguous()
@@ -65,6 +68,7 @@ def attend(
 
 def odd(device: str) -> Iterator[Case]:
     yield make((77, 1, 530), (1, 1, 1), (8, 2), 128, device)
+    yield make((77, 1, 530), (1, 1, 1), (3, 1), 64, device, window=50)
     yield make((21, 515), (7, 6), (8, 2), 64, device, 16)
     yield make((40,), (3,), (3, 3), 64, device, 48)
     yield make((5, 700), (3, 1), (10, 1), 64, device, window=100, cap=2.0)
