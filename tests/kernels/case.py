@@ -24,7 +24,7 @@ class Case:
     """Launches in order, what they must write, and what they must read and compute at least.
 
     expected: an output and its float64 value. same: rows that must have the same bits.
-    tolerance: of the norm of the difference over the norm of the value.
+    tolerance: of the norm of the difference over the norm of the value. kept: what must live as long as the case.
     """
 
     title: str
@@ -34,6 +34,7 @@ class Case:
     same: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     bytes: int = 0
     operations: int = 0
+    kept: object = None
 
 
 def cases_of(name: str):

@@ -48,6 +48,7 @@ inline float exp2_fast(float x) { return exp2f(x); }
 // --- memory
 
 inline uint4 load_once(const uint4* p) { return *p; }
+inline uint2 load_once(const uint2* p) { return *p; }
 inline float4 load_fresh(const float4* p) { return *p; }
 inline float load_fresh(const float* p) { return *p; }
 inline void fence_device() {}
@@ -58,22 +59,29 @@ inline void wait_for_previous() {}
 // --- tensor cores
 
 namespace emulator {
+using Widen = float (*)(u16);
 // Row g or g + 8 of the operand A that lane 4 g + t holds in part.
-inline float a_of(int row, int k) {
+inline float a_of(int row, int k, Widen widen = half_to_float) {
   const u32 pair = warp_word((row & 7) * 4 + (k & 7) / 2, (row >> 3) + (k >> 3) * 2);
-  return half_to_float(pair >> 16 * (k & 1));
+  return widen(pair >> 16 * (k & 1));
 }
-inline float b_of(int k, int column) { return half_to_float(warp_word(column * 4 + (k & 7) / 2, 4 + (k >> 3)) >> 16 * (k & 1)); }
+inline float b_of(int k, int column, Widen widen) {
+  return widen(warp_word(column * 4 + (k & 7) / 2, 4 + (k >> 3)) >> 16 * (k & 1));
 }
-inline void multiply_16x8x16(float* d, const u32* a, u32 b0, u32 b1) {
+inline void multiply(float* d, const u32* a, u32 b0, u32 b1, Widen widen) {
   const unsigned lane = emulator::current->lane;
   for (int i = 0; i < 4; i++) emulator::warp_word(lane, i) = a[i];
   emulator::warp_word(lane, 4) = b0, emulator::warp_word(lane, 5) = b1;
   emulator::warp_sync();
   for (int i = 0; i < 4; i++)
     for (int k = 0; k < 16; k++)
-      d[i] += emulator::a_of(lane / 4 + i / 2 * 8, k) * emulator::b_of(k, lane % 4 * 2 + (i & 1));
+      d[i] += a_of(lane / 4 + i / 2 * 8, k, widen) * b_of(k, lane % 4 * 2 + (i & 1), widen);
   emulator::warp_sync();
+}
+}
+inline void multiply_16x8x16(float* d, const u32* a, u32 b0, u32 b1) { emulator::multiply(d, a, b0, b1, half_to_float); }
+inline void multiply_16x8x16_bfloat(float* d, const u32* a, u32 b0, u32 b1) {
+  emulator::multiply(d, a, b0, b1, [](u16 h) { return bits_as<float>(static_cast<u32>(h) << 16); });
 }
 
 // --- Hopper
