@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from .launch import launch, usable
 from .paged_attention import attend_pages, fits
 from .pool import FloatPool, Pool
+from .prefill import Span, attend_spans, spans_of
 
 TILE = 4
 """Queries of one sequence that attend together."""
@@ -24,7 +25,7 @@ class Tiles:
     rows int64 [n, width]: tokens; a short tile repeats its first. positions int64 [n, width]. pages int64 [n, P].
     place int64 [T]: a token's index in the flat tiles. Keys are read in blocks of `block` tokens, a part of a page;
     first int64 [n]: the first block that a tile sees. active: how many tiles see an i-th block from there on.
-    window: keys that a query sees, itself included; 0 for all.
+    window: keys that a query sees, itself included; 0 for all. split: on a GPU, the same queries in another way.
     """
 
     rows: Tensor
@@ -35,6 +36,7 @@ class Tiles:
     window: int
     block: int
     active: tuple[int, ...]
+    split: Split | None = None
 
     def hidden(self, i: int) -> Tensor:
         """bool [n, width, block] of the tiles that see an i-th block: the keys that a query does not see."""
@@ -55,6 +57,15 @@ class Tiles:
         return pool.read((heads_of_page * parts + block % parts).flatten(), self.block)
 
 
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A step's queries: spans that see all keys before them, and the other tokens int64 [t] in tiles of their own."""
+
+    spans: tuple[Span, ...]
+    tokens: Tensor
+    tiles: Tiles | None
+
+
 def tile(
     sequence: Tensor,
     positions: Tensor,
@@ -69,6 +80,35 @@ def tile(
     On the CPU: sequence, positions int64 [T], a sequence's tokens contiguous; page_table int64 [S, P], pages of `page`
     tokens.
     """
+    tiles = _tile(sequence, positions, page_table, block, device, window)
+    if device.type == "cpu":
+        return tiles
+    return replace(tiles, split=divide(sequence, positions, page_table, page, block, device, window))
+
+
+def divide(
+    sequence: Tensor,
+    positions: Tensor,
+    page_table: Tensor,
+    page: int,
+    block: int,
+    device: torch.device,
+    window: int = 0,
+) -> Split | None:
+    """The Split of a step, given as for `tile`; None if it has no span."""
+    which, counts = sequence.unique_consecutive(return_counts=True)
+    found = list(spans_of(positions, counts, page_table[which], page, device, window))
+    spans = tuple(span for span in found if span)
+    if not spans:
+        return None
+    tokens = torch.tensor([span is None for span in found]).repeat_interleave(counts).nonzero().flatten()
+    rest = [_tile(sequence[tokens], positions[tokens], page_table, block, device, window)] if len(tokens) else [None]
+    return Split(spans, tokens.to(device), rest[0])
+
+
+def _tile(
+    sequence: Tensor, positions: Tensor, page_table: Tensor, block: int, device: torch.device, window: int
+) -> Tiles:
     index = torch.arange(len(sequence))
     starts = torch.cat([sequence.new_ones(1, dtype=torch.bool), sequence[1:] != sequence[:-1]])
     within = index - index[starts][starts.cumsum(0) - 1]
@@ -109,12 +149,27 @@ def attend(q: Tensor, k_pool: Pool, v_pool: Pool, tiles: Tiles, scale: float, ca
     and Gimelshein 2018); products have one shape whatever the batch, so a row's bits do not depend on it, nor do they
     on a block that it does not see.
     """
-    if usable(q) and isinstance(k_pool, FloatPool) and isinstance(v_pool, FloatPool):
-        if fits(q, k_pool.values, *tiles.rows.shape, tiles.pages.shape[1] * k_pool.shape[2]):
-            result = torch.empty_like(q)
+    if not usable(q):
+        return _attend(q, k_pool, v_pool, tiles, scale, cap)
+    if tiles.split and not cap:
+        out = torch.empty_like(q)
+        attend_spans(q, (k_pool, v_pool), tiles.split.spans, scale, out)
+        if tiles.split.tiles:
+            tokens = tiles.split.tokens
+            out[tokens] = attend(q[tokens], k_pool, v_pool, tiles.split.tiles, scale)
+        return out
+    count, width = tiles.rows.shape
+    if isinstance(k_pool, FloatPool) and isinstance(v_pool, FloatPool):
+        if fits(q, k_pool.values, count, width, tiles.pages.shape[1] * k_pool.shape[2]):
+            out = torch.empty_like(q)
             pools, tables = (k_pool.values, v_pool.values), (tiles.rows, tiles.positions, tiles.pages)
-            launch(attend_pages(q, pools, *tables, result, scale, cap, tiles.window))
-            return result
+            launch(attend_pages(q, pools, *tables, out, scale, cap, tiles.window))
+            return out
+    return _attend(q, k_pool, v_pool, tiles, scale, cap)
+
+
+def _attend(q: Tensor, k_pool: Pool, v_pool: Pool, tiles: Tiles, scale: float, cap: float) -> Tensor:
+    """`attend` by torch."""
     heads, dim = q.shape[1:]
     kv_heads, width = k_pool.shape[1], tiles.rows.shape[1]
     queries = (q.float() * scale).index_select(0, tiles.rows.flatten())

@@ -27,7 +27,7 @@ def counters(device: torch.device, size: int) -> Tensor:
 
 
 def fits(q: Tensor, pool: Tensor, tiles: int, width: int, span: int) -> bool:
-    """Whether the kernel takes q [T, heads, D] in `tiles` of `width`, a pool [pages, kv_heads, page, D], `span` keys."""
+    """Whether it takes q [T, heads, D] in `tiles` of `width`, a pool [pages, kv_heads, page, D] and `span` keys."""
     heads, dim = q.shape[1:]
     halves = q.dtype == pool.dtype == torch.float16 and q.is_contiguous()
     partial = width * tiles * heads * -(-span // SPLIT) * (dim + 2) * 4

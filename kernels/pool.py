@@ -37,6 +37,9 @@ class Pool(Protocol):
     def read(self, blocks: Tensor, size: int) -> Tensor:
         """float32 [n, size, D] for int64 [n]: page (p * heads + head) has page / size blocks in order."""
 
+    def gather(self, pages: Tensor) -> Tensor:
+        """[heads, n * page, D] of pages int64 [n]; fp16 of a quantised pool."""
+
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Copy the first tokens of a page to another."""
 
@@ -59,6 +62,10 @@ class FloatPool:
     def read(self, blocks: Tensor, size: int) -> Tensor:
         """See Pool."""
         return self.values.view(-1, size, self.shape[-1]).index_select(0, blocks).float()
+
+    def gather(self, pages: Tensor) -> Tensor:
+        """See Pool."""
+        return self.values.transpose(0, 1).index_select(1, pages).flatten(1, 2)
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """See Pool."""
@@ -89,6 +96,13 @@ class QuantisedPool:
             tensor.view(-1, size, tensor.shape[-1]).index_select(0, blocks) for tensor in (self.codes, self.scales)
         )
         return dequantise(codes, scales, self.bits).float()
+
+    def gather(self, pages: Tensor) -> Tensor:
+        """See Pool."""
+        codes, scales = (
+            tensor.transpose(0, 1).index_select(1, pages).flatten(1, 2) for tensor in (self.codes, self.scales)
+        )
+        return dequantise(codes, scales, self.bits)
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """See Pool."""
