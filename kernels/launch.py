@@ -10,10 +10,11 @@ import hashlib
 import importlib.util
 import os
 import stat
+import struct
 import tempfile
 import warnings
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +51,25 @@ class Launch:
 
     def pack(self) -> ctypes.Array[ctypes.c_void_p]:
         """Addresses of the arguments, as the driver wants them; the array keeps them alive."""
-        values = [_value(argument) for argument in self.arguments]
-        packed = (ctypes.c_void_p * len(values))(*[ctypes.addressof(value) for value in values])
-        packed.values = values  # type: ignore[attr-defined]
+        kinds = "".join([_KINDS.get(type(each), "P") for each in self.arguments])
+        values = [each.data_ptr() if isinstance(each, Tensor) else each or 0 for each in self.arguments]
+        layout, offsets = _layout(kinds)
+        memory = ctypes.create_string_buffer(layout.pack(*values), layout.size)
+        begin = ctypes.addressof(memory)
+        packed = (ctypes.c_void_p * len(values))(*[begin + offset for offset in offsets])
+        packed.memory = memory  # type: ignore[attr-defined]
         return packed
 
 
-def _value(argument: Argument) -> Any:
-    if isinstance(argument, Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
-    if argument is None:
-        return ctypes.c_void_p()
-    return ctypes.c_int32(argument) if isinstance(argument, int) else ctypes.c_float(argument)
+_KINDS: dict[type, str] = {int: "i", float: "f"}
+"""Of arguments that are no addresses, as `struct` names them."""
+
+
+@cache
+def _layout(kinds: str) -> tuple[struct.Struct, list[int]]:
+    """How arguments of these kinds lie in memory, and where each begins."""
+    ends = [struct.calcsize(kinds[: i + 1]) for i in range(len(kinds))]
+    return struct.Struct(kinds), [end - struct.calcsize(kind) for end, kind in zip(ends, kinds, strict=True)]
 
 
 def require(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int, like: Tensor | None = None) -> None:
@@ -103,17 +111,17 @@ def launch(what: Launch) -> None:
 
     On Hopper and later it may begin before the kernel in front has ended: it waits for that one itself.
     """
-    device = next(each.device for each in what.arguments if isinstance(each, Tensor))
-    with torch.cuda.device(device):
-        function = _function(what.kernel, device.index, what.shared)
-        overlap = _Attribute(id=6, value=(ctypes.c_int * 16)(1))  # programmatic stream serialisation
-        overlaps = int(_capability(device.index) >= (9, 0))
-        stream = torch.cuda.current_stream(device).cuda_stream
-        size = (ctypes.c_uint * 6)(*what.grid, what.threads, 1, 1)
-        config = _Config(size, what.shared, stream, ctypes.pointer(overlap), overlaps)
-        status = _driver().cuLaunchKernelEx(ctypes.byref(config), function, what.pack(), None)
+    index = next(each.get_device() for each in what.arguments if isinstance(each, Tensor))
+    if torch._C._cuda_getDevice() != index:
+        with torch.cuda.device(index):
+            launch(what)
+        return
+    function = _function(what.kernel, index, what.shared)
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    config = _config(what.grid, what.threads, what.shared, index, stream)
+    status = _driver().cuLaunchKernelEx(ctypes.byref(config), function, what.pack(), None)
     if status:
-        raise RuntimeError(f"{what.kernel.name} could not be launched on {device}: CUDA driver error {status}")
+        raise RuntimeError(f"{what.kernel.name} could not be launched on GPU {index}: CUDA driver error {status}")
 
 
 class _Attribute(ctypes.Structure):
@@ -132,6 +140,14 @@ class _Config(ctypes.Structure):
         ("attributes", ctypes.POINTER(_Attribute)),
         ("count", ctypes.c_uint),
     ]
+
+
+@lru_cache(1 << 14)
+def _config(grid: tuple[int, int, int], threads: int, shared: int, index: int, stream: int) -> _Config:
+    """Never changed once made, so that threads may share it."""
+    overlap = _Attribute(id=6, value=(ctypes.c_int * 16)(1))  # programmatic stream serialisation
+    overlaps = int(_capability(index) >= (9, 0))
+    return _Config((ctypes.c_uint * 6)(*grid, threads, 1, 1), shared, stream, ctypes.pointer(overlap), overlaps)
 
 
 @cache

@@ -25,6 +25,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = 
     return (normal.to(weight.dtype) * weight).to(dtype or x.dtype)
 
 
+def add_norm(
+    delta: Tensor, h: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """delta, h [T, K] -> h + delta, and rms_norm of it in `dtype`, or h's."""
+    alike = delta.dtype == h.dtype == weight.dtype == (dtype or h.dtype)
+    if usable(h) and alike and fits(h) and fits(delta):
+        total, y = torch.empty_like(h), torch.empty_like(h)
+        launch(norm(h, delta, weight, total, y, eps))
+        return total, y
+    total = h + delta
+    return total, rms_norm(total, weight, eps, dtype)
+
+
 def fits(x: Tensor) -> bool:
     """Whether the kernel takes rows like these."""
     return x.dtype in (torch.float16, torch.bfloat16) and x.is_contiguous() and x.shape[-1] % 8 == 0 and x.numel() > 0
