@@ -40,9 +40,9 @@ def add_lora(x: Tensor, y: Tensor, rows: Tensor, scales: Tensor, a: Tensor, b: T
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """On one device: slots int32 [tiles], rows int32 [tiles, 8 or 32] of lora_tiles, scales float32 [T, W].
+    """On one device: slots int32 [tiles], rows int32 [tiles, 8 or 32] of lora_tiles, scales float32 [S, W].
 
-    W is a multiple of STEP, and no slot in use has a larger rank.
+    Every row is less than S. W is a multiple of STEP, and no slot in use has a larger rank.
     """
 
     slots: Tensor
@@ -55,17 +55,13 @@ class Joined:
     """Up to three linears of `inputs` numbers, side by side, and where the slots' adapters for them are.
 
     table: int64 [slots, modules], each slot's rank, then the address of its A [R, K] for each module, with B [N, R]
-    right behind it, or 0. first: the first linear's column there. widths: N of each.
+    right behind it, or 0. first: the first linear's column there. widths: N of each. All sizes are multiples of 8.
     """
 
     table: Tensor
     first: int
     inputs: int
     widths: tuple[int, ...]
-
-    def fit(self) -> bool:
-        """Whether the kernels take linears of these sizes."""
-        return len(self.widths) <= 3 and not any(size % 8 for size in (self.inputs, *self.widths))
 
 
 def add_mixed(x: Tensor, y: Tensor, linears: Joined, tiles: Tiles) -> None:
@@ -85,7 +81,7 @@ def shrink(x: Tensor, linears: Joined, tiles: Tiles, h: Tensor) -> Launch:
     """The launch of lora_shrink: h of `new_partial` = scales * (A x)."""
     width, parts = tiles.scales.shape[1], len(linears.widths)
     require("x", x, x.dtype, len(x), linears.inputs, like=linears.table)
-    _require(tiles, len(x), x)
+    _require(tiles, x)
     grid = len(tiles.slots) * parts * len(h) * (width // STEP), 1, 1
     macros = {"WARPS": WARPS, "DEPTH": SLICE // (128 * WARPS)} | _format(x, tiles)
     arguments = linears.table, tiles.slots, tiles.rows, tiles.scales, x, h
@@ -97,7 +93,7 @@ def expand(h: Tensor, linears: Joined, tiles: Tiles, y: Tensor) -> Launch:
     """The launch of lora_expand: y [T, N] += B h."""
     width, outputs = tiles.scales.shape[1], sum(linears.widths)
     require("y", y, y.dtype, h.shape[1], outputs, like=h)
-    _require(tiles, len(y), y)
+    _require(tiles, y)
     ends = [sum(linears.widths[: i + 1]) for i in range(3)]
     (warps, groups), span = SPAN, SPAN[0] * SPAN[1] * 64
     macros = {"WARPS": warps, "GROUPS": groups, "SLICES": len(h)} | _format(y, tiles)
@@ -113,9 +109,9 @@ def _format(x: Tensor, tiles: Tiles) -> dict[str, int]:
     return {"COLUMNS": tiles.rows.shape[1] // 8, "BFLOAT": int(x.dtype == torch.bfloat16)}
 
 
-def _require(tiles: Tiles, rows: int, like: Tensor) -> None:
+def _require(tiles: Tiles, like: Tensor) -> None:
     if like.dtype not in (torch.float16, torch.bfloat16) or tiles.scales.shape[1] % STEP:
         raise ValueError(f"numbers must be of 16 bits, scales of a multiple of {STEP} ranks")
     require("slots", tiles.slots, torch.int32, len(tiles.slots), like=like)
     require("rows", tiles.rows, torch.int32, len(tiles.slots), tiles.rows.shape[1], like=like)
-    require("scales", tiles.scales, torch.float32, rows, tiles.scales.shape[1], like=like)
+    require("scales", tiles.scales, torch.float32, *tiles.scales.shape, like=like)

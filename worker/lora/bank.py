@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lorayard.kernels.launch import usable
 from lorayard.kernels.linear import STEP, linear
-from lorayard.kernels.lora import add_lora, tile_rows
+from lorayard.kernels.lora import add_lora, add_mixed
 from lorayard.shared.errors import AdapterError, Refused, SlotBusy, UsageError
 from lorayard.shared.job import MAX_RANK_SUM
 
@@ -19,7 +19,10 @@ from ..models.adapters import Adapter, Change
 from ..models.batch import LoraRows
 from ..models.model import linear_shapes
 from .change import change_embedded, change_output
-from .config import INPUT
+from .config import INPUT, OUTPUT
+from .packed import Packed, by_device, device_of, rank_class
+from .prepared import Prepared, group_rows, mixed_tiles, on_device
+from .resident import Arrival, Resident
 
 if TYPE_CHECKING:
     from ..models.model import Model
@@ -29,12 +32,14 @@ if TYPE_CHECKING:
 class _Slot:
     """One combination: A [R, K] and B [N, R] for each module that it touches, R its rank class.
 
-    changes: of each module, with the column of a row's scales that holds the changing adapter's.
+    changes: of each module, with the column of a row's scales that holds the changing adapter's. arrivals: what has
+    been sent to devices and not been received there yet.
     """
 
     loras: tuple[Adapter, ...] = ()
     stacked: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     changes: dict[str, list[tuple[int, Change]]] = field(default_factory=dict)
+    arrivals: dict[torch.device, Arrival] = field(default_factory=dict)
     pins: int = 0
     used: int = 0
 
@@ -43,39 +48,12 @@ class _Slot:
         return tuple(lora.digest for lora in self.loras)
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
-    """The tiles of rows whose slots have one rank class R.
-
-    slots: one for each tile. rows int64 [G, TILE], scales float32 [G, TILE, R].
-    """
-
-    slots: tuple[int, ...]
-    rows: Tensor
-    scales: Tensor
-
-    @classmethod
-    def of(cls, uses: list[LoraRows], device: torch.device) -> Group:
-        """From the rows of each slot, on `device`."""
-        tiles = [tile_rows(use.rows, use.scales) for use in uses]
-        slots = tuple(use.slot for use, (rows, _) in zip(uses, tiles, strict=True) for _ in rows)
-        rows, scales = (torch.cat(parts).to(device) for parts in zip(*tiles, strict=True))
-        return cls(slots, rows, scales)
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """What a step needs on one device. changing: the rows of slots that change more than LoRA does."""
-
-    groups: tuple[Group, ...]
-    changing: tuple[LoraRows, ...]
-
-
 class LoraBank:
     """`slots` places for combinations of adapters, each of a rank sum up to `max_rank`.
 
     A combination is one or more adapters of different names, in the order of their names, without scales. A slot in
-    use (pinned) never changes.
+    use (pinned) never changes. On CUDA `place` returns while the adapters are still on their way: steps do not wait for
+    them until one uses them. width: the largest rank class that has been in any slot.
     """
 
     def __init__(self, model: Model, slots: int = 8, max_rank: int | None = None) -> None:
@@ -83,10 +61,18 @@ class LoraBank:
             raise UsageError(f"a LoRA bank needs at least one slot, not {slots}")
         self.model, self.slots = model, slots
         self.max_rank = MAX_RANK_SUM if max_rank is None else max_rank
-        self.swaps = 0
+        self.swaps, self.width = 0, STEP
         self._slots = [_Slot() for _ in range(slots)]
         self._shapes = {shape.name: shape for shape in linear_shapes(model.config)}
+        cuda = {device for device in model.layer_devices if device.type == "cuda"}
+        self._resident = {device: Resident(device, self._shapes, slots) for device in cuda}
         self._clock = 0
+
+    @property
+    def _mixes(self) -> bool:
+        """Whether the kernels of LoRA do the work."""
+        sizes = (size for shape in self._shapes.values() for size in (shape.in_features, shape.out_features))
+        return bool(self._resident) and usable(self.model.norm) and not any(size % 8 for size in sizes)
 
     @property
     def combinations(self) -> list[tuple[str, ...] | None]:
@@ -138,21 +124,36 @@ class LoraBank:
         slots = [self._slots[use.slot] for use in loras]
         return any(name in slot.stacked or name in slot.changes for slot in slots)
 
+    def graphable(self, loras: tuple[LoraRows, ...]) -> bool:
+        """Whether a captured graph can do all that the slots in use do: A and B at the layers' linears."""
+        slots = [self._slots[use.slot] for use in loras]
+        return self._mixes and not any(slot.changes or slot.stacked.keys() & {INPUT, OUTPUT} for slot in slots)
+
+    def receive(self, slots: Iterable[int]) -> None:
+        """Let the current streams wait for what is on its way to these slots. `prepare` does it for eager steps."""
+        for index in slots:
+            arrivals = self._slots[index].arrivals
+            while arrivals:
+                device, arrival = arrivals.popitem()
+                self._resident[device].receive(index, arrival)
+
     def prepare(self, loras: tuple[LoraRows, ...], device: torch.device) -> Prepared:
         """What `apply` needs of a step, on `device`."""
-        classes: dict[int, list[LoraRows]] = {}
-        for use in loras:
-            classes.setdefault(use.scales.shape[1], []).append(use)
-        changing = tuple(_on(use, device) for use in loras if self._slots[use.slot].changes)
-        return Prepared(tuple(Group.of(uses, device) for uses in classes.values()), changing)
+        self.receive(use.slot for use in loras)
+        changing = tuple(on_device(use, device) for use in loras if self._slots[use.slot].changes)
+        if self._mixes and device in self._resident:
+            return Prepared((), changing, mixed_tiles(loras, device))
+        return Prepared(group_rows(loras, device), changing)
 
     def apply(self, names: str | tuple[str, ...], x: Tensor, y: Tensor, prepared: Prepared) -> Tensor:
         """y [T, N] of the linears `names`, side by side, for x [T, K], with each slot's work on its rows, in place."""
-        start = 0
-        for name in (names,) if isinstance(names, str) else names:
+        names, start = (names,) if isinstance(names, str) else names, 0
+        for name in names if prepared.groups or prepared.changing else ():
             end = start + self._shapes[name].out_features
             self._apply(name, x, y[:, start:end], prepared)
             start = end
+        if prepared.tiles is not None:
+            add_mixed(x, y, self._resident[y.device].joined(names), prepared.tiles)
         return y
 
     def _apply(self, name: str, x: Tensor, y: Tensor, prepared: Prepared) -> None:
@@ -177,7 +178,7 @@ class LoraBank:
             slot = self._slots[use.slot]
             if name not in slot.changes and name not in slot.stacked:
                 continue
-            use = _on(use, h.device)
+            use = on_device(use, h.device)
             ids, rows = token_ids[use.rows], h[use.rows]
             for column, change in slot.changes.get(name, ()):
                 rows = change_embedded(change, ids, rows, use.scales[:, column : column + 1])
@@ -203,24 +204,25 @@ class LoraBank:
             raise SlotBusy(f"slot {index} is in use by {old.pins} jobs")
         self.swaps += bool(old.loras)
         self._slots[index] = _Slot()
-        modules = {module for lora in loras for module in lora.tensors}
-        stacked = {module: _stack(loras, module, self._device(module)) for module in modules}
-        self._slots[index] = _Slot(loras, stacked, self._changes(loras))
+        filled = _Slot(loras, changes=self._changes(loras))
+        for device, modules in by_device(self.model, _modules(loras)).items():
+            packed = _packed(loras, device, modules)
+            if device in self._resident:
+                halves, filled.arrivals[device] = self._resident[device].send(packed)
+            else:
+                halves = packed.halves(packed.numbers)
+            filled.stacked |= halves
+        self.width = max(self.width, _rank_class(loras))
+        self._slots[index] = filled
 
     def _changes(self, loras: tuple[Adapter, ...]) -> dict[str, list[tuple[int, Change]]]:
         changes: dict[str, list[tuple[int, Change]]] = {}
         column = 0
         for lora in loras:
             for module, change in lora.changes.items():
-                changes.setdefault(module, []).append((column, change.to(self._device(module))))
+                changes.setdefault(module, []).append((column, change.to(device_of(self.model, module))))
             column += lora.max_rank
         return changes
-
-    def _device(self, module: str) -> torch.device:
-        if module == INPUT:
-            return self.model.embedding.device
-        layer = re.match(r"model\.layers\.(\d+)\.", module)
-        return self.model.layer_devices[int(layer[1])] if layer else self.model.norm.device
 
 
 def check_set(pairs: Sequence[tuple[Adapter, float]]) -> None:
@@ -232,10 +234,6 @@ def check_set(pairs: Sequence[tuple[Adapter, float]]) -> None:
             )
 
 
-def _on(use: LoraRows, device: torch.device) -> LoraRows:
-    return LoraRows(use.slot, use.rows.to(device), use.scales.to(device))
-
-
 def _ordered(loras: tuple[Adapter, ...]) -> tuple[Adapter, ...]:
     names = {lora.name for lora in loras}
     if not loras or len(names) < len(loras):
@@ -245,26 +243,16 @@ def _ordered(loras: tuple[Adapter, ...]) -> tuple[Adapter, ...]:
     return tuple(sorted(loras, key=lambda lora: lora.name))
 
 
-def rank_class(rank: int) -> int:
-    """What a slot makes of a combination whose adapters' largest ranks sum to `rank`: STEP, or the next power of 2."""
-    return max(STEP, 1 << (rank - 1).bit_length())
-
-
 def _rank_class(loras: tuple[Adapter, ...]) -> int:
     return rank_class(sum(lora.max_rank for lora in loras))
 
 
-def _stack(loras: tuple[Adapter, ...], module: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A [R, K] and B [N, R]; zeros where an adapter has a smaller rank at this linear, or none."""
-    present = next(lora.tensors[module] for lora in loras if module in lora.tensors)
-    total = _rank_class(loras)
-    a = present[0].new_zeros(total, present[0].shape[1])
-    b = present[1].new_zeros(len(present[1]), total)
-    start = 0
-    for lora in loras:
-        if module in lora.tensors:
-            half_a, half_b = lora.tensors[module]
-            a[start : start + len(half_a)] = half_a
-            b[:, start : start + len(half_a)] = half_b
-        start += lora.max_rank
-    return a.to(device), b.to(device)
+def _modules(loras: tuple[Adapter, ...]) -> list[str]:
+    """All that the adapters add to, each once."""
+    return list(dict.fromkeys(module for lora in loras for module in lora.tensors))
+
+
+def _packed(loras: tuple[Adapter, ...], device: torch.device, modules: list[str]) -> Packed:
+    """The combination's part on a device; an adapter that is alone may have been packed when it was read."""
+    alone = loras[0].packed.get(device) if len(loras) == 1 else None
+    return alone if alone and list(alone.sizes) == modules else Packed.of(loras, modules, device.type == "cuda")

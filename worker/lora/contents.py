@@ -16,9 +16,9 @@ from ..linear.linear import Shape
 from ..linear.tensors import FLOATS, Entry, Tensors
 from ..models.config import ModelConfig
 from ..models.model import linear_shapes
-from .bank import rank_class
 from .config import INPUT, OUTPUT, AdapterConfig
 from .folders import weights_file
+from .packed import rank_class
 from .pickled import BinFile
 from .targets import short, targeted
 

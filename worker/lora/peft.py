@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from .bank import LoraBank, check_set
 from .config import INPUT, OUTPUT
 from .contents import Contents
 from .folders import adapter_digest, stamp
+from .packed import Packed, by_device
 
 ROWS = 1024
 """Rows of a weight that are dequantised to float32 at once for DoRA's norms."""
@@ -33,7 +34,8 @@ class Lora:
 
     lora_scaling * alpha / r is already inside B. digest: `folders.adapter_digest`, and another for each lora_scaling
     but 1, because pages and slots are told apart by it. alone: the feature for which it must be the only adapter of a
-    set and at scale 1, or "": what it does is not a sum that can be scaled.
+    set and at scale 1, or "": what it does is not a sum that can be scaled. packed: by device, what the tensors are
+    views of, if the model is on GPUs.
     """
 
     name: str
@@ -41,6 +43,24 @@ class Lora:
     tensors: Mapping[str, tuple[Tensor, Tensor]]
     changes: Mapping[str, Change] = field(default_factory=dict)
     alone: str = ""
+    packed: Mapping[torch.device, Packed] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory."""
+        halves = (half for pair in self.tensors.values() for half in pair)
+        adding = [packed.numbers for packed in self.packed.values()] or list(halves)
+        return sum(each.nbytes for each in (*adding, *(t for c in self.changes.values() for t in c.tensors())))
+
+    def pack(self, model: Model) -> Lora:
+        """The same in pinned memory, where a model on GPUs can copy it from at once."""
+        devices = by_device(model, self.tensors)
+        if any(device.type != "cuda" for device in devices):
+            return self
+        packed = {device: Packed.of((self,), modules, True) for device, modules in devices.items()}
+        wide = {module: pair for each in packed.values() for module, pair in each.halves(each.numbers).items()}
+        tensors = {m: (a[: self.ranks[m]], b[:, : self.ranks[m]]) for m, (a, b) in wide.items()}
+        return replace(self, tensors=tensors, packed=packed)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -74,7 +94,7 @@ class Lora:
             raise AdapterError(f"{path} changed while it was read; load it again")
         for note in contents.notes:
             log.warning("adapter %s: %s", path.name, note)
-        return cls(path.name, digest, tensors, changes, alone)
+        return cls(path.name, digest, tensors, changes, alone).pack(model)
 
     def resident(self, model: Model, pairs: Sequence[tuple[Lora, float]], rows: Tensor) -> tuple[LoraBank, LoraRows]:
         """A bank that holds just the set `pairs`, this adapter among them, and its use by the tokens `rows`."""

@@ -11,10 +11,10 @@ from lorayard.shared.errors import LorayardError
 
 from ..models.config import ModelConfig
 from ..models.model import linear_shapes
-from .bank import rank_class
 from .config import OUTPUT
 from .contents import Contents
 from .folders import scan
+from .packed import rank_class
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,90 @@
+"""A combination of adapters in one buffer of the host, as a slot holds it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from lorayard.kernels.linear import STEP
+
+from .config import INPUT
+
+if TYPE_CHECKING:
+    from ..models.model import Model
+
+Halves = Mapping[str, tuple[Tensor, Tensor]]
+"""A [r, K] and B [N, r] by module."""
+
+
+class Ranked(Protocol):
+    """An adapter's halves, and the largest rank among them."""
+
+    @property
+    def tensors(self) -> Halves: ...
+    @property
+    def max_rank(self) -> int: ...
+
+
+def rank_class(rank: int) -> int:
+    """What a slot makes of a combination whose adapters' largest ranks sum to `rank`: STEP, or the next power of 2."""
+    return max(STEP, 1 << (rank - 1).bit_length())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packed:
+    """A [R, K] and then B [N, R] of each module in one tensor, one after another. sizes: K and N by module."""
+
+    rank: int
+    numbers: Tensor
+    sizes: Mapping[str, tuple[int, int]]
+
+    @classmethod
+    def of(cls, loras: Sequence[Ranked], modules: Sequence[str], pinned: bool) -> Packed:
+        """The adapters' ranks one after another; zeros where one has a smaller rank at a module, or none."""
+        rank = rank_class(sum(lora.max_rank for lora in loras))
+        first = {module: next(each.tensors[module] for each in loras if module in each.tensors) for module in modules}
+        sizes = {module: (a.shape[1], len(b)) for module, (a, b) in first.items()}
+        total = rank * sum(inputs + outputs for inputs, outputs in sizes.values())
+        dtype = next(iter(first.values()))[0].dtype
+        packed = cls(rank, torch.empty(total, dtype=dtype, pin_memory=pinned), sizes)
+        for module, (a, b) in packed.halves(packed.numbers).items():
+            if len(loras) > 1 or len(first[module][0]) < rank:
+                a.zero_(), b.zero_()
+            start = 0
+            for lora in loras:
+                if module in lora.tensors:
+                    half_a, half_b = lora.tensors[module]
+                    a[start : start + len(half_a)] = half_a
+                    b[:, start : start + len(half_a)] = half_b
+                start += lora.max_rank
+        return packed
+
+    def halves(self, numbers: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Views of A [R, K] and B [N, R] into a copy of `numbers`."""
+        found, start = {}, 0
+        for module, (inputs, outputs) in self.sizes.items():
+            a = numbers[start : (start := start + self.rank * inputs)]
+            b = numbers[start : (start := start + self.rank * outputs)]
+            found[module] = a.view(self.rank, inputs), b.view(outputs, self.rank)
+        return found
+
+
+def by_device(model: Model, modules: Iterable[str]) -> dict[torch.device, list[str]]:
+    """The modules by where the model has them."""
+    found: dict[torch.device, list[str]] = {}
+    for module in modules:
+        found.setdefault(device_of(model, module), []).append(module)
+    return found
+
+
+def device_of(model: Model, module: str) -> torch.device:
+    """Where the model has a linear, or the embedding."""
+    if module == INPUT:
+        return model.embedding.device
+    layer = re.match(r"model\.layers\.(\d+)\.", module)
+    return model.layer_devices[int(layer[1])] if layer else model.norm.device
