@@ -107,7 +107,7 @@ def mid(x: Tensor, q4: Q4, bias: Tensor | None, y: Tensor, shape: MidShape | Non
     macros = {"WARPGROUPS": shape.warpgroups, "TOKENS": shape.tokens, "SPLITS": shape.splits, "BLOCKS": blocks}
     kernel = Kernel("q4_mid", tuple((macros | {"STAGES": stages} | _format(q4)).items()), hopper=True)
     arguments = *_weights(q4), bias, image, y, partial, len(x), q4.outputs, rows, q4.inputs
-    grid = rows // (BLOCK * shape.warpgroups) * shape.splits, tiles, 1
+    grid = tiles, rows // (BLOCK * shape.warpgroups) * shape.splits, 1
     main = Launch(kernel, grid, shape.warpgroups * 128 + 32, arguments, stages * stage + 256 + levels)
     return [arrange(x, q4.order, shape.tokens, image), main, *sums]
 

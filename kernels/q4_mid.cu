@@ -125,7 +125,7 @@ q4_mid(const char* __restrict__ weights, const char* __restrict__ scales, const 
        const float* __restrict__ factors, const u16* __restrict__ bias, const char* __restrict__ x, u16* __restrict__ y,
        float* __restrict__ partial, int M, int N, int width, int K) {
   DYNAMIC_SHARED(memory);
-  const int split = blockIdx.x % SPLITS, first = blockIdx.x / SPLITS * ROWS, token = blockIdx.y * TOKENS;
+  const int split = blockIdx.y % SPLITS, first = blockIdx.y / SPLITS * ROWS, token = blockIdx.x * TOKENS;
   const int all = K / 128, begin = all * split / SPLITS, end = all * (split + 1) / SPLITS, group = begin * 128 / GROUP;
   const Part part = {first / 64, begin, end - begin, all, group, (end * 128 - 1) / GROUP + 1 - group, K / GROUP};
   const Shared shared(memory, part);
