@@ -23,6 +23,7 @@ COMMANDS = {
     "adapters": ("lorayard.shared.cli:adapters", "List the adapters that jobs may name, or check an adapter's folder."),
     "corpus": ("lorayard.dispatcher.corpus.commands:corpus", "Generate a text for every row of a file, each once."),
     "dead": ("lorayard.dispatcher.dead:dead", "Show refused entries, and send them again."),
+    "bench": ("lorayard.worker.bench.command:bench", "Measure the speed of the engine on a model that it makes."),
     "dispatcher": ("lorayard.dispatcher.commands:dispatcher", "Run a dispatcher; no GPU needed."),
     "worker": ("lorayard.worker.queue.commands:worker", "Run the workers of this host, one per GPU or on the CPU."),
 }

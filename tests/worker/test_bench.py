@@ -1,0 +1,74 @@
+"""`lorayard bench` on the CPU: what it runs, what it says, how it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lorayard.shared.cli import run
+from lorayard.worker import ModelConfig
+from lorayard.worker.bench.shapes import SHAPES, made
+from lorayard.worker.bench.workloads import OTHERS, ROWS, Row, others
+from lorayard.worker.models.model import checkpoint
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bench")
+
+
+def bench(folder: Path, *words: str) -> int:
+    return run(["bench", "--shape", "tiny", "--devices", "cpu", "--folder", str(folder), "--repeats", "1", *words])
+
+
+def test_figures_of_every_row_but_the_start(folder, capsys):
+    assert bench(folder, "--json", "W1", "W2", "W4", "W5") == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    rows = [row for row in ROWS if row.workload in ("W1", "W2", "W4", "W5")]
+    assert [(each["workload"], each["row"]) for each in found] == [(row.workload, row.label) for row in rows]
+    for each in found:
+        assert each["out"] > 0 and each["prefill"] > 0 and each["device"].startswith("CPU") and each["torch"]
+        assert each["out"] == pytest.approx(each["sequences"] * each["new"] / each["wall_s"])
+    assert [each["sequences"] for each in found] == [1, 1, 4, 4, 4, 64, 64, 2, 2]
+    assert [each["slots"] for each in found] == [1, 1, 1, 1, 4, 2, 2, 1, 2]
+
+
+def test_start_load_and_swap_as_a_table(folder, capsys):
+    assert bench(folder, "W6") == 0
+    said = capsys.readouterr().out
+    for words in ("W6 start to ready", "import ", "warmup ", "W6 adapter cold load", "W6 adapter swap", "torch 2."):
+        assert words in said
+
+
+@pytest.mark.parametrize("kind", ["gptq4", "bf16", "fp16"])
+def test_a_made_model_is_whole_and_made_once(kind, folder):
+    path = made(folder, "tiny", kind)
+    assert checkpoint(ModelConfig.from_directory(path)).entries
+    assert made(folder, "tiny", kind) == path and not list(folder.glob(f"tiny-{kind}-*"))
+
+
+def test_refusals(folder, capsys):
+    for words, said in {
+        ("W1", "--profile"): "--profile needs a GPU",
+        ("W1", "--loras", "7"): "no row of W1 has 7 LoRAs",
+        ("W1", "--model", str(folder)): "--model brings its own shape",
+        ("W1", "--cache-dtype", "q5"): "a cache's dtype is one of",
+    }.items():
+        assert bench(folder, *words) != 0
+        out, err = capsys.readouterr()
+        assert said in err and err.count("\n") == 1 and not out
+
+
+def test_what_others_reach_is_told_for_every_row():
+    assert all(len(known) == len(ROWS) for known in OTHERS.values())
+    known = {(row.workload, row.label): others(row, "llama-8b", "gptq4") for row in ROWS}
+    assert known["W2", "64 LoRAs"].vllm == 1893 and known["W5", "no LoRA"].goal == 49000
+    assert others(ROWS[0], "tiny", "gptq4") is None
+
+
+def test_a_small_shape_runs_a_part():
+    assert Row("W4", "", "out", 1024, 256, 128, 32, 128, 4).smaller(SHAPES["tiny"].share) == Row(
+        "W4", "", "out", 64, 16, 8, 2, 8, 2
+    )

@@ -1,0 +1,1 @@
+"""`lorayard bench`: the speed of the engine on models that it makes itself."""
