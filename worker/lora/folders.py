@@ -86,8 +86,14 @@ def adapter_digest(path: Path) -> str:
 
 
 @functools.lru_cache(maxsize=1 << 16)
+def known_digest(path: Path, stamp: tuple[int, ...]) -> str:
+    """`adapter_digest` of a folder with this stamp, read once."""
+    return adapter_digest(path)
+
+
+@functools.lru_cache(maxsize=1 << 16)
 def _folder(path: Path, stamp: tuple[int, ...]) -> AdapterFolder:
     if not ADAPTER_ID.fullmatch(path.name):
         raise AdapterError(f"{path}: the folder's name must match {ADAPTER_ID.pattern} to be an adapter id")
     rank = AdapterConfig.from_directory(path).max_rank
-    return AdapterFolder(path.name, path, rank, adapter_digest(path), stamp[3])
+    return AdapterFolder(path.name, path, rank, known_digest(path, stamp), stamp[3])

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,13 +15,15 @@ from torch import Tensor
 
 from lorayard.shared.errors import AdapterError, NotSupported, UsageError
 
+from ..linear.tensors import Tensors
 from ..models.adapters import Change
 from ..models.batch import LoraRows
+from ..models.loading import in_order
 from ..models.model import Model
 from .bank import LoraBank, check_set
 from .config import INPUT, OUTPUT
 from .contents import Contents
-from .folders import adapter_digest, stamp
+from .folders import known_digest, stamp
 from .packed import Packed, by_device
 
 ROWS = 1024
@@ -86,7 +89,7 @@ class Lora:
             raise UsageError(f"lora_scaling must be a finite number, not {lora_scaling!r}")
         before = stamp(path)
         contents = Contents.of(path, model.config)
-        digest = adapter_digest(path)
+        digest = known_digest(path, before)
         if lora_scaling != 1:
             digest = hashlib.blake2b(f"{digest}*{float(lora_scaling)!r}".encode(), digest_size=16).hexdigest()
         tensors, changes, alone = _Reader(contents, model, lora_scaling).read()
@@ -117,8 +120,14 @@ class _Reader:
 
     def read(self) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Change], str]:
         """A and B, the other changes, and why the adapter must be alone, or ""."""
-        for module in self.contents.modules:
-            self._module(module)
+        modules = list(self.contents.modules)
+        tasks = [partial(self._module, module) for module in modules]
+        results = in_order(tasks) if isinstance(self.contents.weights, Tensors) else (task() for task in tasks)
+        for module, (halves, change) in zip(modules, results, strict=True):
+            if halves is not None:
+                self.tensors[module] = halves
+            if change.tensors():
+                self.changes[module] = change
         if self.model.config.tied_head:
             self._tie()
         for module in {**self.tensors, **self.changes}:
@@ -129,24 +138,22 @@ class _Reader:
                 )
         return self.tensors, self.changes, self._alone()
 
-    def _module(self, module: str) -> None:
+    def _module(self, module: str) -> tuple[tuple[Tensor, Tensor] | None, Change]:
         part, dtype, scaling = self.contents.read, self.model.dtype, self.scalings.get(module, 1.0)
         weight, tokens = self._weight(module), self._tokens(module)
         a, b, magnitude = part(module, "A"), part(module, "B"), part(module, "magnitude")
-        gain = offset = None
+        halves = gain = offset = None
         if a is not None and b is not None:
             b = b * scaling
             if magnitude is not None:
                 gain = magnitude / self._norms(module, weight, a, b)
                 b = b * gain[:, None]
-            self.tensors[module] = (a.to(dtype), b.to(dtype))
+            halves = a.to(dtype), b.to(dtype)
         if (bias := part(module, "B.bias")) is not None:
             offset = bias * scaling
         if (moved := self._moved_bias(module, gain)) is not None:
             offset = moved if offset is None else offset + moved
-        change = Change(weight, tokens, gain, offset)
-        if change.tensors():
-            self.changes[module] = change
+        return halves, Change(weight, tokens, gain, offset)
 
     def _weight(self, module: str) -> Tensor | None:
         """A weight in the place of the base's; None if it is the same, as PEFT saves it beside a LoRA on it."""
