@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .launch import launch, usable
 from .paged_attention import attend_pages, fits
-from .pool import FloatPool, Pool
+from .pool import Pool
 from .prefill import Span, attend_spans, spans_of
 
 TILE = 4
@@ -136,7 +136,7 @@ def decode_tiles(positions: Tensor, page_table: Tensor, page: int, window: int =
     has position 0 and a page that no sequence owns.
     """
     count, pages = page_table.shape
-    rows = torch.arange(count, device=positions.device)
+    rows, page_table = torch.arange(count, device=positions.device), page_table.contiguous()
     first = torch.zeros_like(rows)
     return Tiles(rows[:, None], positions[:, None], page_table, rows, first, window, page, (count,) * pages)
 
@@ -159,12 +159,10 @@ def attend(q: Tensor, k_pool: Pool, v_pool: Pool, tiles: Tiles, scale: float, ca
             out[tokens] = attend(q[tokens], k_pool, v_pool, tiles.split.tiles, scale)
         return out
     count, width = tiles.rows.shape
-    if isinstance(k_pool, FloatPool) and isinstance(v_pool, FloatPool):
-        if fits(q, k_pool.values, count, width, tiles.pages.shape[1] * k_pool.shape[2]):
-            out = torch.empty_like(q)
-            pools, tables = (k_pool.values, v_pool.values), (tiles.rows, tiles.positions, tiles.pages)
-            launch(attend_pages(q, pools, *tables, out, scale, cap, tiles.window))
-            return out
+    if fits(q, (k_pool, v_pool), count, width, tiles.pages.shape[1] * k_pool.shape[2]):
+        out, tables = torch.empty_like(q), (tiles.rows, tiles.positions, tiles.pages)
+        launch(attend_pages(q, (k_pool, v_pool), *tables, out, scale, cap, tiles.window))
+        return out
     return _attend(q, k_pool, v_pool, tiles, scale, cap)
 
 

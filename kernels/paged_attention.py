@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from .launch import Kernel, Launch, require
+from .pool import GROUP, FloatPool, Pool, QuantisedPool
 
-SPLIT = 512
-"""Keys that a block of threads reads; always the same, for the bits of a row hang on it."""
+SPLIT, WARPS = 256, 4
+"""Keys that a block of threads reads, and its warps; always the same, for the bits of a row hang on them."""
 DIMS = (64, 128)
+HALVES = (torch.float16, torch.bfloat16)
 LOG2_E = math.log2(math.e)
 MOST = 256 << 20
 """Bytes of partial results that a launch may take."""
@@ -26,17 +28,46 @@ def counters(device: torch.device, size: int) -> Tensor:
     return torch.zeros(size, dtype=torch.int32, device=device)
 
 
-def fits(q: Tensor, pool: Tensor, tiles: int, width: int, span: int) -> bool:
-    """Whether it takes q [T, heads, D] in `tiles` of `width`, a pool [pages, kv_heads, page, D] and `span` keys."""
+def fits(q: Tensor, pools: tuple[Pool, Pool], tiles: int, width: int, span: int) -> bool:
+    """Whether it takes q [T, heads, D] in `tiles` of `width`, pools [pages, kv_heads, page, D] and `span` keys."""
     heads, dim = q.shape[1:]
-    halves = q.dtype == pool.dtype == torch.float16 and q.is_contiguous()
+    kv_heads, page = pools[0].shape[1:3]
     partial = width * tiles * heads * -(-span // SPLIT) * (dim + 2) * 4
-    return halves and dim in DIMS and heads // pool.shape[1] <= 16 and pool.shape[2] % 16 == 0 and 0 < partial <= MOST
+    known = q.dtype in HALVES and q.is_contiguous() and _forms(pools) is not None
+    return known and dim in DIMS and heads // kv_heads <= 16 and page % 16 == 0 and 0 < partial <= MOST
+
+
+def _forms(pools: tuple[Pool, Pool]) -> tuple[int, int, bool] | None:
+    """Bits of a number of K and of V, and whether they are bf16; None if the kernel knows no such pools."""
+    k, v = pools
+    if isinstance(k, QuantisedPool) and isinstance(v, QuantisedPool):
+        return k.bits, v.bits, False
+    if isinstance(k, FloatPool) and isinstance(v, FloatPool) and k.values.dtype == v.values.dtype in HALVES:
+        return 16, 16, k.values.dtype == torch.bfloat16
+    return None
+
+
+def memory(pools: tuple[Pool, Pool], like: Tensor) -> tuple[Tensor | None, ...]:
+    """Numbers of K and of V, and their scales if they are codes, as kernels are given them."""
+    numbers: list[Tensor] = []
+    scales: list[Tensor | None] = []
+    for pool in pools:
+        *places, dim = pool.shape
+        if isinstance(pool, QuantisedPool):
+            require("codes", pool.codes, torch.uint8, *places, dim * pool.bits // 8, like=like)
+            require("scales", pool.scales, torch.float16, *places, dim // GROUP, like=like)
+            numbers.append(pool.codes)
+            scales.append(pool.scales)
+        elif isinstance(pool, FloatPool):
+            require("values", pool.values, pool.values.dtype, *places, dim, like=like)
+            numbers.append(pool.values)
+            scales.append(None)
+    return *numbers, *scales
 
 
 def attend_pages(
     q: Tensor,
-    pools: tuple[Tensor, Tensor],
+    pools: tuple[Pool, Pool],
     rows: Tensor,
     positions: Tensor,
     pages: Tensor,
@@ -45,14 +76,19 @@ def attend_pages(
     cap: float = 0.0,
     window: int = 0,
 ) -> Launch:
-    """out = attention.attend(q, ...), with rows, positions, pages and window of its Tiles, and the pools' values."""
+    """out = attention.attend(q, ...), with rows, positions, pages and window of its Tiles.
+
+    Positions, pages and the keys before a sequence's newest are read before the kernel in front has ended. So those
+    must come from kernels further back, when each tile is one token.
+    """
     tokens, heads, dim = q.shape
-    count, kv_heads, page, _ = pools[0].shape
+    _, kv_heads, page, _ = pools[0].shape
     tiles, tile = rows.shape
+    forms = _forms(pools)
+    if forms is None:
+        raise ValueError("pools must be of fp16, of bf16 or of codes, both alike")
     for name, each in (("q", q), ("out", out)):
-        require(name, each, torch.float16, tokens, heads, dim, like=q)
-    for name, each in (("k_pool", pools[0]), ("v_pool", pools[1])):
-        require(name, each, torch.float16, count, kv_heads, page, dim, like=q)
+        require(name, each, q.dtype, tokens, heads, dim, like=q)
     for name, each in (("rows", rows), ("positions", positions)):
         require(name, each, torch.int64, tiles, tile, like=q)
     require("pages", pages, torch.int64, tiles, pages.shape[1], like=q)
@@ -60,12 +96,15 @@ def attend_pages(
     queries = 1 if decoding else next(n for n in (4, 2, 1) if n * group <= 16 and tile % n == 0)
     parts = 1 if decoding else tile // queries
     splits = -(-pages.shape[1] * page // SPLIT)
-    partial = q.new_empty(tiles * parts * kv_heads * splits * queries * group * (dim + 2), dtype=torch.float32)
-    arrived = counters(q.device, max(COUNTERS, 1 << (tiles * parts * kv_heads - 1).bit_length()))
+    count = tiles * parts * kv_heads
+    partial = q.new_empty(count * splits * queries * group * (dim + 2), dtype=torch.float32)
+    arrived = counters(q.device, max(COUNTERS, 1 << (count - 1).bit_length()))
     macros = {"QUERIES": queries, "GROUP": group, "HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim, "SPLIT": SPLIT}
-    macros |= {"STRIDE": tile, "BLOCKS": parts}
+    macros |= {"STRIDE": tile, "BLOCKS": parts, "WARPS": WARPS, "DECODING": int(decoding)}
+    macros |= {"K_BITS": forms[0], "V_BITS": forms[1], "POOL_BFLOAT": int(forms[2])}
+    macros |= {"BFLOAT": int(q.dtype == torch.bfloat16)}
     inner, outer = (scale / cap, cap * LOG2_E) if cap else (scale * LOG2_E, 0.0)
-    arguments = q, *pools, rows, positions, pages, out, partial, arrived, pages.shape[1], page, window or 1 << 30
-    shared = 4 * (8 if queries * group <= 8 else 16) * (dim + 2) * 4
-    kernel = Kernel("paged_attention", tuple(macros.items()))
-    return Launch(kernel, (splits, kv_heads, tiles * parts), 128, (*arguments, inner, outer), shared)
+    tables = rows, positions, pages, out, partial, arrived, pages.shape[1], page, window or 1 << 30
+    shared = WARPS * (8 if queries * group <= 8 else 16) * (dim + 2) * 4 + queries * group * dim * 2
+    kernel, grid = Kernel("paged_attention", tuple(macros.items())), (splits, kv_heads, tiles * parts)
+    return Launch(kernel, grid, 32 * WARPS, (q, *memory(pools, q), *tables, inner, outer), shared)

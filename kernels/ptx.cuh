@@ -64,6 +64,11 @@ INLINE uint2 load_once(const uint2* p) {
   asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
   return v;
 }
+INLINE u32 load_once(const u32* p) {
+  u32 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.u32 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
+}
 INLINE float4 load_fresh(const float4* p) {  // what other blocks wrote
   float4 v;
   asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
@@ -77,6 +82,7 @@ INLINE float load_fresh(const float* p) {
 }
 INLINE void fence_device() { __threadfence(); }
 INLINE int count_up(int* p) { return atomicAdd(p, 1); }
+INLINE u32 count_up(u32* p, u32 n) { return atomicAdd(p, n); }
 
 // --- programmatic dependent launch: before the wait, only what no kernel writes may be read
 
@@ -99,6 +105,13 @@ INLINE void multiply_16x8x16_bfloat(float* d, const u32* a, u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// A matrix of 8 x 8, a pair of row g in columns 2 t and 2 t + 1 from lane 4 g + t: transposed, in the same places.
+INLINE u32 transpose_8x8(u32 pair) {
+  u32 transposed;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+  return transposed;
 }
 
 // --- Hopper: bulk copies, barriers in shared memory that count their bytes, products of a warpgroup

@@ -42,6 +42,7 @@ inline u32 permute(u32 a, u32 b, u32 selector) {
   for (int i = 0; i < 4; i++) result |= static_cast<u32>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
   return result;
 }
+inline u32 __float_as_uint(float value) { return bits_as<u32>(value); }
 inline float __uint_as_float(u32 bits) { return bits_as<float>(bits); }
 inline float exp2_fast(float x) { return exp2f(x); }
 
@@ -49,10 +50,12 @@ inline float exp2_fast(float x) { return exp2f(x); }
 
 inline uint4 load_once(const uint4* p) { return *p; }
 inline uint2 load_once(const uint2* p) { return *p; }
+inline u32 load_once(const u32* p) { return *p; }
 inline float4 load_fresh(const float4* p) { return *p; }
 inline float load_fresh(const float* p) { return *p; }
 inline void fence_device() {}
 inline int count_up(int* p) { return (*p)++; }
+inline u32 count_up(u32* p, u32 n) { return (*p += n) - n; }
 inline void let_next_begin() {}
 inline void wait_for_previous() {}
 
@@ -82,6 +85,16 @@ inline void multiply(float* d, const u32* a, u32 b0, u32 b1, Widen widen) {
 inline void multiply_16x8x16(float* d, const u32* a, u32 b0, u32 b1) { emulator::multiply(d, a, b0, b1, half_to_float); }
 inline void multiply_16x8x16_bfloat(float* d, const u32* a, u32 b0, u32 b1) {
   emulator::multiply(d, a, b0, b1, [](u16 h) { return bits_as<float>(static_cast<u32>(h) << 16); });
+}
+
+inline u32 transpose_8x8(u32 pair) {
+  const unsigned lane = emulator::current->lane, row = lane / 4, column = lane % 4 * 2;
+  emulator::warp_word(lane, 0) = pair;
+  emulator::warp_sync();
+  auto at = [&](unsigned r, unsigned c) { return emulator::warp_word(r * 4 + c / 2, 0) >> 16 * (c & 1) & 0xffff; };
+  const u32 transposed = at(column, row) | at(column + 1, row) << 16;
+  emulator::warp_sync();
+  return transposed;
 }
 
 // --- Hopper

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 
 from lorayard.kernels import attention, paged_attention
+from lorayard.kernels.pool import FloatPool, Pool, QuantisedPool, quantise
 
 from ..case import Case, Real, poisoned
 
@@ -22,25 +24,54 @@ def make(
     page: int = PAGE,
     window: int = 0,
     cap: float = 0.0,
+    bits: tuple[int, int] | None = None,
+    dtypes: tuple[torch.dtype, torch.dtype] = (torch.float16, torch.float16),
 ) -> Case:
-    """Sequences of `contexts` tokens, of which the last `queries` attend; heads of queries and of the cache."""
+    """Sequences of `contexts` tokens, of which the last `queries` attend; heads of queries and of the cache.
+
+    A cache of codes has so many `bits` for K and V, another the second of `dtypes`; the first is of the queries.
+    """
     widest = -(-max(contexts) // page)
     count = len(contexts) * widest
     table = torch.randperm(count).view(len(contexts), widest)
-    pools = [torch.randn(count, heads[1], page, dim, device=device).half() for _ in range(2)]
+    shape = count, heads[1], page, dim
+    pools = [pool_of(shape, each or dtypes[1], torch.device(device)) for each in bits or (0, 0)]
     sequence = torch.arange(len(contexts)).repeat_interleave(torch.tensor(queries))
     positions = torch.cat([torch.arange(n - m, n) for n, m in zip(contexts, queries, strict=True)])
     if set(queries) == {1}:
         tiles = attention.decode_tiles(positions.to(device), table.to(device), page, window)
     else:
         tiles = attention.tile(sequence, positions, table, page, page, torch.device(device), window)
-    q = torch.randn(len(sequence), heads[0], dim, device=device).half()
-    out = poisoned(*q.shape, device=device)
+    q = torch.randn(len(sequence), heads[0], dim, device=device).to(dtypes[0])
+    out = poisoned(*q.shape, dtype=dtypes[0], device=device)
     arrays = tiles.rows, tiles.positions, tiles.pages.contiguous()
     launches = [paged_attention.attend_pages(q, (pools[0], pools[1]), *arrays, out, dim**-0.5, cap, window)]
-    read = sum(contexts) * heads[1] * dim * 4
-    value = attend(q, pools, table.to(device), sequence, positions, window, cap) if count < 64 else out.new_zeros(0)
-    return Case(f"{list(contexts)}, {heads}, {dim}", launches, [(out, value)] if len(value) else [], 1e-3, bytes=read)
+    read = sum(contexts) * sum(pool.nbytes for pool in pools) // (count * page)
+    title = f"{list(contexts)}, {heads}, {dim}, {bits or dtypes}"
+    if count >= 64:
+        return Case(title, launches, [], bytes=read)
+    every = torch.arange(count, device=device)
+    values = [pool.gather(every).unflatten(1, (count, page)).transpose(0, 1) for pool in pools]
+    value = attend(q, values, table.to(device), sequence, positions, window, cap)
+    alone, last = poisoned(1, *q.shape[1:], dtype=dtypes[0], device=device), slice(len(q) - 1, None)
+    tiles = attention.decode_tiles(positions[last].clone().to(device), table[-1:].clone().to(device), page, window)
+    arrays = tiles.rows, tiles.positions, tiles.pages
+    launches.append(
+        paged_attention.attend_pages(q[last].clone(), (pools[0], pools[1]), *arrays, alone, dim**-0.5, cap, window)
+    )
+    same = [(out[last], alone)] if set(queries) == {1} else []
+    return Case(title, launches, [(out, value)], 8e-3 if torch.bfloat16 in dtypes else 1e-3, same, read)
+
+
+def pool_of(shape: tuple[int, int, int, int], form: int | torch.dtype, device: torch.device) -> Pool:
+    """A pool of codes of so many bits or of a dtype, full of random numbers."""
+    if isinstance(form, torch.dtype):
+        pool = FloatPool(shape, form, device)
+        pool.values.normal_()
+        return pool
+    codes = QuantisedPool(shape, form, device)
+    codes.codes, codes.scales = quantise(torch.randn(shape, device=device), form)
+    return codes
 
 
 def attend(
@@ -72,8 +103,16 @@ def odd(device: str) -> Iterator[Case]:
     yield make((21, 515), (7, 6), (8, 2), 64, device, 16)
     yield make((40,), (3,), (3, 3), 64, device, 48)
     yield make((5, 700), (3, 1), (10, 1), 64, device, window=100, cap=2.0)
+    yield make((77, 530), (1, 1), (4, 1), 128, device, bits=(8, 8))
+    yield make((20, 600), (1, 1), (8, 2), 128, device, bits=(8, 4))
+    yield make((300,), (1,), (8, 1), 64, device, bits=(4, 4), dtypes=(torch.bfloat16, torch.float16))
+    yield make((300,), (3,), (4, 1), 128, device, bits=(4, 4))
+    yield make((300, 40), (1, 1), (8, 1), 64, device, dtypes=(torch.bfloat16, torch.bfloat16))
+    yield make((40, 30), (1, 1), (2, 1), 128, device, dtypes=(torch.bfloat16, torch.float16))
 
 
 def real(device: str) -> Iterator[Real]:
-    for batch, context in ((1, 1024), (8, 1024), (64, 640), (64, 1024), (256, 1024)):
-        yield f"{batch} x {context}", lambda b=batch, c=context: make((c,) * b, (1,) * b, (32, 8), 128, device)
+    for batch, context in ((1, 640), (8, 1024), (64, 640), (256, 640), (256, 1024)):
+        for bits in (None, (8, 8), (8, 4), (4, 4)) if context == 640 else (None,):
+            title = f"{batch} x {context}{', codes of ' + ' and '.join(map(str, bits)) if bits else ''}"
+            yield title, partial(make, (context,) * batch, (1,) * batch, (32, 8), 128, device, bits=bits)
