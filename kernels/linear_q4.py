@@ -1,4 +1,4 @@
-"""y = x W + b with the weights of q4.py: up to 16 tokens by q4_decode, more by q4_mid, many by cuBLAS."""
+"""y = x W + b with the weights of q4.py: up to 16 tokens by q4_decode, to 256 by q4_mid, more by cuBLAS."""
 
 from __future__ import annotations
 
@@ -7,21 +7,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .arranged import Arranged, Partial, arrange, new_image
 from .launch import Kernel, Launch, launch, require, usable
 from .q4 import BLOCK, Q4, STEP, dequantise
 
-FEW, MANY = 16, 128
-"""Tokens of the largest batch of q4_decode, where q4_mid can run, and of both."""
+FEW, MANY, BLOCKWISE = 16, 256, 128
+"""Tokens of the largest batch of q4_decode, of q4_mid, and of q4_decode where q4_mid cannot run."""
 SHARED = {1: 231936, 2: 115200, 3: 76288}
 """Bytes of shared memory that each of so many blocks of a multiprocessor can have."""
 
 
-def linear_q4(x: Tensor, q4: Q4, bias: Tensor | None) -> Tensor:
-    """x [T, K], bias [N] -> [T, N]. To 128 tokens of fp16 the weights are read as they are stored.
+def linear_q4(x: Tensor | Arranged, q4: Q4, bias: Tensor | None) -> Tensor:
+    """x [T, K], bias [N] -> [T, N]. To 256 tokens of fp16 the weights are read as they are stored.
 
-    A row's bits do not depend on the others within a family: to 16 tokens, to 128, more.
+    A row's bits do not depend on the others within a family: to 16 tokens, to 256, more.
     """
-    if usable(x) and (len(x) > MANY or x.dtype != torch.float16):
+    if takes_arranged(x, q4):
+        y = linear_q4_parts(x, q4, bias)
+        return y if isinstance(y, Tensor) else add_up(y, q4.outputs)
+    x = x if isinstance(x, Tensor) else x.rows
+    if usable(x) and (len(x) > BLOCKWISE or x.dtype != torch.float16):
         weight = torch.empty(len(q4.factors), q4.inputs, dtype=torch.float16, device=x.device)
         launch(widen(q4, weight))
         ordered = x if q4.order is None else x[:, q4.order]
@@ -30,11 +35,30 @@ def linear_q4(x: Tensor, q4: Q4, bias: Tensor | None) -> Tensor:
         y = x @ dequantise(q4).to(x.dtype)
         return y if bias is None else y + bias
     y = x.new_empty(len(x), q4.outputs)
-    if len(x) > FEW and usable(x, hopper=True) and q4.outputs % 4 == 0:
-        for each in mid(x.contiguous(), q4, bias, y):
-            launch(each)
-    elif len(x):
+    if len(x):
         launch(decode(x, q4, bias, y))
+    return y
+
+
+def takes_arranged(x: Tensor | Arranged, q4: Q4) -> bool:
+    """Whether q4_mid does this product: it reads an image where x has one."""
+    rows = x if isinstance(x, Tensor) else x.rows
+    fits = FEW < len(rows) <= MANY and rows.dtype == torch.float16 and q4.outputs % 4 == 0
+    return fits and usable(rows, hopper=True)
+
+
+def linear_q4_parts(x: Tensor | Arranged, q4: Q4, bias: Tensor | None) -> Tensor | Partial:
+    """linear_q4 where `takes_arranged`; where q4_mid divides K, what it leaves to the next kernel to add."""
+    launches, y = mid(x, q4, bias)
+    for each in launches:
+        launch(each)
+    return y
+
+
+def add_up(partial: Partial, outputs: int) -> Tensor:
+    """[T, N] of a partial result, by sum_partials."""
+    y = partial.parts.new_empty(len(partial), outputs, dtype=torch.float16)
+    launch(add_parts(partial, y))
     return y
 
 
@@ -88,28 +112,34 @@ class MidShape(NamedTuple):
     blocks: int
 
 
-def mid(x: Tensor, q4: Q4, bias: Tensor | None, y: Tensor, shape: MidShape | None = None) -> list[Launch]:
-    """The launches of q4_arrange, q4_mid and, where K is in parts, sum_partials.
+def mid(
+    x: Tensor | Arranged, q4: Q4, bias: Tensor | None, shape: MidShape | None = None
+) -> tuple[list[Launch], Tensor | Partial]:
+    """The launches of q4_mid, before it q4_arrange where x is not arranged as q4 wants it, and what they write.
 
     The bits of a row are the same for any number of tokens: the parts of K hang on the weights alone.
     """
-    _require(x, q4, bias, y)
-    shape = shape or _mid_shape(q4, len(x))
+    rows, image = (x, None) if isinstance(x, Tensor) else (x.rows, x.image)
+    y = rows.new_empty(len(rows), q4.outputs)
+    _require(rows, q4, bias, y)
+    shape = shape or _mid_shape(q4, len(rows))
     if q4.weights.shape[0] % shape.warpgroups or q4.outputs % 4:
         raise ValueError(f"{q4.outputs} outputs are not for blocks of {shape.warpgroups} warpgroups; choose a divisor")
-    rows, tiles, sums = len(q4.factors), -(-len(x) // shape.tokens), []
-    image = x.new_empty(tiles * shape.tokens * q4.inputs)
-    partial = x.new_empty(shape.splits * len(x) * rows if shape.splits > 1 else 0, dtype=torch.float32)
-    if shape.splits > 1:
-        sums = [add_parts(partial.view(shape.splits, len(x), rows), bias, y)]
+    launches = []
+    if image is None or q4.order is not None:
+        image = new_image(rows)
+        launches.append(arrange(rows.contiguous(), q4.order, image))
+    width, divided = len(q4.factors), shape.splits > 1
+    parts = rows.new_empty(shape.splits * divided, len(rows), width, dtype=torch.float32)
     stage, levels = shape.tokens * 256 + shape.warpgroups * 4096, _level_bytes(q4, shape)
     blocks, stages = _stages(shape.blocks, stage, 256 + levels)
     macros = {"WARPGROUPS": shape.warpgroups, "TOKENS": shape.tokens, "SPLITS": shape.splits, "BLOCKS": blocks}
     kernel = Kernel("q4_mid", tuple((macros | {"STAGES": stages} | _format(q4)).items()), hopper=True)
-    arguments = *_weights(q4), bias, image, y, partial, len(x), q4.outputs, rows, q4.inputs
-    grid = tiles, rows // (BLOCK * shape.warpgroups) * shape.splits, 1
-    main = Launch(kernel, grid, shape.warpgroups * 128 + 32, arguments, stages * stage + 256 + levels)
-    return [arrange(x, q4.order, shape.tokens, image), main, *sums]
+    sizes = len(rows), image.shape[1], q4.outputs, width, q4.inputs
+    grid = -(-len(rows) // shape.tokens), width // (BLOCK * shape.warpgroups) * shape.splits, 1
+    arguments = *_weights(q4), bias, image, y, parts, *sizes
+    launches.append(Launch(kernel, grid, shape.warpgroups * 128 + 32, arguments, stages * stage + 256 + levels))
+    return launches, Partial(parts, bias) if divided else y
 
 
 def _mid_shape(q4: Q4, tokens: int) -> MidShape:
@@ -141,18 +171,12 @@ def _level_bytes(q4: Q4, shape: MidShape) -> int:
     return shape.warpgroups * 4 * groups * 32 * (1 if q4.zeros is None else 2)
 
 
-def arrange(x: Tensor, order: Tensor | None, tokens: int, image: Tensor) -> Launch:
-    """The launch of q4_arrange."""
-    grid = x.shape[1] // 64, -(-tokens // 16), -(-len(x) // tokens)
-    kernel = Kernel("q4_arrange", (("TOKENS", tokens),))
-    return Launch(kernel, grid, 128, (x, order, image, len(x), x.shape[1]))
-
-
-def add_parts(partial: Tensor, bias: Tensor | None, y: Tensor) -> Launch:
-    """The launch of sum_partials: partial float32 [P, T, W] -> y fp16 [T, N], N a multiple of 4 and not above W."""
-    parts, tokens, width = partial.shape
+def add_parts(partial: Partial, y: Tensor) -> Launch:
+    """The launch of sum_partials: y fp16 [T, N], N a multiple of 4."""
+    parts, tokens, width = partial.parts.shape
     kernel = Kernel("sum_partials", (("PARTS", parts), ("WIDTH", width)))
-    return Launch(kernel, (tokens, -(-y.shape[1] // 1024), 1), 256, (partial, bias, y, tokens, y.shape[1]))
+    grid = tokens, -(-y.shape[1] // 1024), 1
+    return Launch(kernel, grid, 256, (partial.parts, partial.bias, y, tokens, y.shape[1]))
 
 
 def _require(x: Tensor, q4: Q4, bias: Tensor | None, y: Tensor) -> None:

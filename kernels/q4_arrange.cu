@@ -1,21 +1,20 @@
-// x [M, K] as q4_mid reads it: [tiles][K / 64][TOKENS][64], the columns of 64 in the order of the weights' operand A,
-// 16 bytes of them at a place that hangs on the token (the swizzle of 128 bytes), and zeros below the last token.
-#include "ptx.cuh"
+// The image (see image.cuh) of x [T, K], whose columns are taken in `order` where there is one.
+#include "image.cuh"
 
 extern "C" __global__ void __launch_bounds__(128)
-q4_arrange(const u16* __restrict__ x, const long long* __restrict__ order, uint4* __restrict__ out, int M, int K) {
-  const int i = blockIdx.y * 128 + threadIdx.x, within = i / 8, chunk = i % 8, token = blockIdx.z * TOKENS + within;
-  const int column = blockIdx.x * 64 + chunk * 2;
+q4_arrange(const u16* __restrict__ x, const long long* __restrict__ order, u32* __restrict__ image, int T, int padded,
+           int K) {
+  const int eight = blockIdx.x * 8 + threadIdx.x % 8, token = blockIdx.y * 16 + threadIdx.x / 8;
   let_next_begin();
   wait_for_previous();
-  if (within >= TOKENS) return;
-  u32 pairs[4] = {};
+  if (token >= T) return;
   const u16* row = x + (size_t)token * K;
-  if (token < M)
-#pragma unroll
-    for (int p = 0; p < 4; p++)
-      pairs[p] = order ? row[order[column + p * 16]] | (u32)row[order[column + p * 16 + 1]] << 16
-                       : *(const u32*)(row + column + p * 16);
-  out[(((size_t)blockIdx.z * (K / 64) + blockIdx.x) * TOKENS + within) * 8 + (chunk ^ (within & 7))] =
-      make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+  uint4 pairs;
+  if (order) {
+    auto pair = [&](int i) { return row[order[eight * 8 + i]] | (u32)row[order[eight * 8 + i + 1]] << 16; };
+    pairs = make_uint4(pair(0), pair(2), pair(4), pair(6));
+  } else {
+    pairs = *(const uint4*)(row + eight * 8);
+  }
+  put_in_image(image, padded, token, eight, pairs);
 }

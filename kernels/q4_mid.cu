@@ -1,5 +1,5 @@
 // y = W x + bias for batches of TOKENS tokens, W of 4 bits (see q4.cuh): wgmma with W, made fp16 in registers, as
-// operand A, and x, as q4_arrange lays it out, in shared memory. A block has WARPGROUPS times 64 rows of W and one of
+// operand A, and x, as image.cuh lays it out, in shared memory. A block has WARPGROUPS times 64 rows of W and one of
 // SPLITS parts of K; with several parts it writes fp32 [SPLITS, M, rows] for sum_partials, so no bits hang on timing.
 // One warp copies ahead into a ring of STAGES steps of 128 columns, the warpgroups compute.
 #include "q4.cuh"
@@ -20,7 +20,7 @@ struct Shared {
 };
 
 INLINE void produce(const Shared& shared, const Part& part, const char* weights, const char* scales, const char* zeros,
-                    const char* x) {
+                    const char* x, int padded) {
   auto copy_weights = [&](int step, int stage) {
     barrier_expect(shared.full + 8 * stage, STAGE);
 #pragma unroll
@@ -30,8 +30,10 @@ INLINE void produce(const Shared& shared, const Part& part, const char* weights,
                 shared.full + 8 * stage);
   };
   auto copy_tokens = [&](int step, int stage) {
-    copy_bulk(shared.ring + stage * STAGE, x + (size_t)(part.begin + step) * TOKEN_BYTES, TOKEN_BYTES,
-              shared.full + 8 * stage);
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+      copy_bulk(shared.ring + stage * STAGE + half * TOKENS * 128,
+                x + ((size_t)(part.begin + step) * 2 + half) * padded * 128, TOKENS * 128, shared.full + 8 * stage);
   };
   const int ahead = min(part.steps, STAGES), bytes = part.groups * 32;
   for (int i = 0; i < ahead; i++) copy_weights(i, i);
@@ -123,7 +125,7 @@ INLINE void store_part(float* partial, const float* sums, const float* factors, 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, BLOCKS)
 q4_mid(const char* __restrict__ weights, const char* __restrict__ scales, const char* __restrict__ zeros,
        const float* __restrict__ factors, const u16* __restrict__ bias, const char* __restrict__ x, u16* __restrict__ y,
-       float* __restrict__ partial, int M, int N, int width, int K) {
+       float* __restrict__ partial, int M, int padded, int N, int width, int K) {
   DYNAMIC_SHARED(memory);
   const int split = blockIdx.y % SPLITS, first = blockIdx.y / SPLITS * ROWS, token = blockIdx.x * TOKENS;
   const int all = K / 128, begin = all * split / SPLITS, end = all * (split + 1) / SPLITS, group = begin * 128 / GROUP;
@@ -137,7 +139,7 @@ q4_mid(const char* __restrict__ weights, const char* __restrict__ scales, const 
   }
   __syncthreads();
   if (threadIdx.x >= CONSUMERS) {
-    if (threadIdx.x == CONSUMERS) produce(shared, part, weights, scales, zeros, x + (size_t)token * K * 2);
+    if (threadIdx.x == CONSUMERS) produce(shared, part, weights, scales, zeros, x + (size_t)token * 128, padded);
     return;
   }
   float sums[TOKENS / 2];

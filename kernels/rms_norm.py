@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .arranged import Arranged, Partial, new_image
 from .launch import Kernel, Launch, launch, require, usable
 
 THREADS = 256
@@ -38,17 +39,38 @@ def add_norm(
     return total, rms_norm(total, weight, eps, dtype)
 
 
+def add_norm_arranged(delta: Tensor | Partial, h: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Arranged]:
+    """add_norm of fp16 on a GPU, between linears of q4_mid; K is a multiple of 64."""
+    total, y, image = torch.empty_like(h), torch.empty_like(h), new_image(h)
+    launch(norm(delta, h, weight, total, y, eps, image))
+    return total, Arranged(y, image)
+
+
 def fits(x: Tensor) -> bool:
     """Whether the kernel takes rows like these."""
     return x.dtype in (torch.float16, torch.bfloat16) and x.is_contiguous() and x.shape[-1] % 8 == 0 and x.numel() > 0
 
 
-def norm(x: Tensor, residual: Tensor | None, weight: Tensor, total: Tensor | None, y: Tensor, eps: float) -> Launch:
-    """total = x + residual, y = rms_norm(total); without a residual y = rms_norm(x)."""
-    rows, width = x.shape
-    require("weight", weight, x.dtype, width, like=x)
-    for name, each in (("x", x), ("residual", residual), ("total", total), ("y", y)):
-        if each is not None:
-            require(name, each, x.dtype, rows, width, like=x)
-    macros = ("WIDTH", width), ("THREADS", THREADS), ("BFLOAT", int(x.dtype == torch.bfloat16))
-    return Launch(Kernel("rms_norm", macros), (rows, 1, 1), THREADS, (x, residual, weight, total, y, float(eps)))
+def norm(
+    x: Tensor | Partial,
+    residual: Tensor | None,
+    weight: Tensor,
+    total: Tensor | None,
+    y: Tensor,
+    eps: float,
+    image: Tensor | None = None,
+) -> Launch:
+    """total = x + residual, y = rms_norm(total), also as an image; without a residual y = rms_norm(x)."""
+    rows, width = y.shape
+    own, bias, parts = (x, None, 0) if isinstance(x, Tensor) else (x.parts, x.bias, len(x.parts))
+    require("weight", weight, y.dtype, width, like=y)
+    if parts:
+        require("parts", own, torch.float32, parts, rows, own.shape[2], like=y)
+    for name, each in (("x", own), ("residual", residual), ("total", total), ("y", y)):
+        if each is not None and (each is not own or not parts):
+            require(name, each, y.dtype, rows, width, like=y)
+    sizes = {"WIDTH": width, "THREADS": THREADS, "BFLOAT": int(y.dtype == torch.bfloat16)}
+    macros = sizes | {"PARTS": parts, "IMAGE": int(image is not None)}
+    padded = 0 if image is None else image.shape[1]
+    arguments = own, bias, residual, weight, total, y, image, own.shape[-1], padded, float(eps)
+    return Launch(Kernel("rms_norm", tuple(macros.items())), (rows, 1, 1), THREADS, arguments)

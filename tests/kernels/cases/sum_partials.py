@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from lorayard.kernels import linear_q4
+from lorayard.kernels.arranged import Partial
 
 from ..case import Case, Real, poisoned
 
@@ -16,9 +17,8 @@ def make(parts: int, tokens: int, outputs: int, width: int, device: str) -> Case
     partial, bias = torch.randn(parts, tokens, width, device=device), torch.randn(outputs, device=device).half()
     y = poisoned(tokens, outputs, device=device)
     value = partial.double().sum(0)[:, :outputs] + bias.double()
-    return Case(
-        f"{parts} parts", [linear_q4.add_parts(partial, bias, y)], [(y, value)], bytes=partial.nbytes + y.nbytes
-    )
+    launches = [linear_q4.add_parts(Partial(partial, bias), y)]
+    return Case(f"{parts} parts", launches, [(y, value)], bytes=partial.nbytes + y.nbytes)
 
 
 def odd(device: str) -> Iterator[Case]:
