@@ -56,7 +56,7 @@ class Engine:
         ids = torch.randint(3, min(self.model.config.vocab_size, self.tokenizer.vocab_size), size, generator=random)
         if row.shared:
             ids[:, : row.shared] = ids[torch.arange(row.sequences) % max(1, row.adapters), : row.shared]
-        return ids.tolist()  # type: ignore[no-any-return]
+        return ids.tolist()
 
     def synchronise(self) -> None:
         """Wait for every GPU."""

@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 
 import torch
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from lorayard.shared.errors import UsageError
@@ -60,8 +60,8 @@ def _kernels(found: profile, step: float) -> list[dict[str, float | str]]:
     for event in found.events() or ():
         if event.device_type == DeviceType.CUDA:
             times[event.name[:NAME]].append(event.time_range.elapsed_us())
-    lines = [
+    lines: list[dict[str, float | str]] = [
         {"kernel": name, "calls": len(each) / STEPS, "us": sum(each) / STEPS, "share": sum(each) / STEPS / step}
         for name, each in times.items()
     ]
-    return sorted(lines, key=lambda line: -line["us"])  # type: ignore[operator, return-value]
+    return sorted(lines, key=lambda line: -float(line["us"]))

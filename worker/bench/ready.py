@@ -16,16 +16,16 @@ from lorayard.shared.errors import LorayardError
 
 
 def ready(model: Path, devices: str, cache_dtype: str, repeats: int) -> dict[str, float]:
-    """Median ms of each phase in processes of their own, the first of which only fills caches; `ms`: in all."""
+    """Median ms of each phase in processes of their own; a first one on GPUs only fills the caches; `ms`: in all."""
     runs: list[dict[str, float]] = []
-    for _ in range(repeats + 1):
+    for _ in range(repeats + ("cpu" not in devices)):
         words = [sys.executable, "-m", "lorayard.worker.bench.ready", str(model), devices, cache_dtype]
         begin = time.time()
         done = subprocess.run([*words, str(begin)], capture_output=True, text=True)
         if done.returncode:
             raise LorayardError(f"the engine did not start: {done.stderr.strip().splitlines()[-1:]}")
         runs.append(json.loads(done.stdout.splitlines()[-1]))
-    return {name: median(run[name] for run in runs[1:]) for name in runs[0]}
+    return {name: median(run[name] for run in runs[-repeats:]) for name in runs[0]}
 
 
 def main(model: str, devices: str, cache_dtype: str, begin: float) -> None:
@@ -56,4 +56,4 @@ def main(model: str, devices: str, cache_dtype: str, begin: float) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], float(sys.argv[4]))
+    main(sys.argv[1], sys.argv[2], sys.argv[3], float(sys.argv[4]))

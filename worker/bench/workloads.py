@@ -30,7 +30,7 @@ class Row:
     slots: int = 1
 
     def smaller(self, share: int) -> Row:
-        """The same with one part of `share` of sequences, adapters, slots and tokens, at least two of what is not one."""
+        """A `share`th of sequences, adapters, slots and tokens; at least two of what is not one."""
 
         def part(count: int) -> int:
             return min(count, max(2, count // share))
