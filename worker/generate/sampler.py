@@ -1,19 +1,24 @@
 """From logits to the next token, each row by itself: what a row draws does not depend on the rows beside it.
 
 The order is ExLlamaV2's: LOGIT_STEPS (penalties, DRY, mask), softmax with temperature and smoothing, then the steps of
-FILTERS, each on the probabilities that the one before it left, then the draw. A setting that is neutral leaves its step
-out, so logits that nobody asked to change keep their bits.
+FILTERS, each on the probabilities that the one before it left, then the draw: the first id, in order of ids, up to
+which the probabilities exceed the random number. A setting that is neutral leaves its step out, so logits that nobody
+asked to change keep their bits. On a GPU rows that ask for no more than `on_device` says are drawn by a kernel, in
+float32: another token comes there only if the random number lies within rounding of the end of a token's share.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from operator import attrgetter
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from lorayard.kernels import sample as kernel
 from lorayard.shared.job import SamplingParams
 
 from . import filters, penalties
@@ -59,7 +64,20 @@ def uniform(seed: int, sample: int, position: int, attempt: int = 0) -> float:
     return (state >> 11) / (1 << 53)
 
 
-def _mix(z: int) -> int:
+def uniforms(draws: Sequence[Draw]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """`uniform` of each, at once."""
+    state = np.zeros(len(draws), np.uint64)
+    for words in zip(*[(each.seed, each.sample, len(each.token_ids)) for each in draws], strict=True):
+        state = _mix((state ^ np.array(words, np.uint64)) + np.uint64(0x9E3779B97F4A7C15))
+    attempts = np.array([each.attempt for each in draws], np.uint64)
+    if attempts.any():
+        state = np.where(attempts > 0, _mix((state ^ attempts) + np.uint64(0x9E3779B97F4A7C15)), state)
+    numbers: np.ndarray[Any, np.dtype[np.float64]] = (state >> np.uint64(11)) / (1 << 53)
+    return numbers
+
+
+def _mix(z: Any) -> Any:
+    """Of a word, int, or of many, uint64 [n]."""
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & BITS
     z = (z ^ z >> 27) * 0x94D049BB133111EB & BITS
     return z ^ z >> 31
@@ -117,11 +135,76 @@ FILTERS: tuple[tuple[Callable[[SamplingParams], bool], Callable[[Tensor, Tensor,
 """(whether a row asks for it, probabilities [n] of the ids [n] -> probabilities [n]) in order."""
 
 
+_RARE: Callable[[SamplingParams], Any] = attrgetter(
+    "repetition_penalty", "frequency_penalty", "presence_penalty", "dry_multiplier", "temperature_last", "max_temp",
+    "smoothing_factor", "top_a", "tfs", "typical", "mirostat", "xtc_probability", "skew",
+)  # fmt: skip
+_NEUTRAL = _RARE(SamplingParams())
+
+
+def on_device(draw: Draw) -> bool:
+    """Whether the kernel draws such a row: temperature, top_k, top_p, min_p and some blocked ids, nothing else."""
+    mask = draw.mask
+    plain = mask.allowed is None and not mask.bias and len(mask.blocked) <= kernel.MAX_BANNED
+    return plain and bool(_RARE(draw.params) == _NEUTRAL)
+
+
+def fill_rows(rows: np.ndarray[Any, Any], draws: Sequence[Draw], seats: Sequence[int] | None = None) -> None:
+    """What the kernel reads of each row, into rows of dtype `kernel.ROW` [L]; without seats its token goes to none."""
+    params = [draw.params for draw in draws]
+    rows["number"] = uniforms(draws)
+    rows["temperature"] = [each.temperature and max(each.temperature, 1e-30) for each in params]
+    rows["top_p"] = [each.top_p for each in params]
+    rows["min_p"] = [each.min_p for each in params]
+    rows["top_k"] = [min(each.top_k, (1 << 31) - 1) for each in params]
+    rows["seat"] = -1 if seats is None else seats
+    rows["banned"] = -1
+    for row, draw in zip(rows, draws, strict=True):
+        if draw.mask.blocked:
+            row["banned"][: len(draw.mask.blocked)] = sorted(draw.mask.blocked)
+
+
 def sample(logits: Tensor, draws: Sequence[Draw], vocab_size: int) -> list[Choice | None]:
-    """The next token of each row of float32 logits [L, V]; None where a row holds NaN or allows nothing.
+    """The next token of each row of logits [L, V]; None where a row holds NaN or allows nothing.
 
     Ids from `vocab_size` on have no token and are never chosen. The logits are altered.
     """
+    if not kernel.fits(logits, vocab_size):
+        return sample_on_host(logits, draws, vocab_size)
+    ours = [on_device(draw) for draw in draws]
+    chosen: list[Choice | None] = [None] * len(draws)
+    if any(ours):
+        chosen = _sample_on_device(logits, draws, ours, vocab_size)
+    rare = [index for index, each in enumerate(ours) if not each]
+    if rare:
+        rows = logits[torch.tensor(rare, device=logits.device)].float()
+        for index, choice in zip(rare, sample_on_host(rows, [draws[i] for i in rare], vocab_size), strict=True):
+            chosen[index] = choice
+    return chosen
+
+
+def _sample_on_device(
+    logits: Tensor, draws: Sequence[Draw], ours: Sequence[bool], vocab_size: int
+) -> list[Choice | None]:
+    """The choices of `ours`; what stands for the others is of no use."""
+    rows = np.empty(len(draws), kernel.ROW)
+    fill_rows(rows, [draw if each else UNASKED for draw, each in zip(draws, ours, strict=True)])
+    words = torch.from_numpy(rows.view(np.int32).reshape(len(draws), -1)).to(logits.device)
+    tokens = torch.empty(len(draws), dtype=torch.int64, device=logits.device)
+    probabilities = torch.empty(len(draws), dtype=torch.float32, device=logits.device)
+    kernel.draw(logits, words, vocab_size, tokens, probabilities)
+    told = zip(tokens.tolist(), probabilities.tolist(), draws, strict=True)
+    return [
+        Choice(token, p, 0.0 if draw.params.temperature else draw.mu) if token >= 0 else None
+        for token, p, draw in told
+    ]  # fmt: skip
+
+
+UNASKED = Draw(SamplingParams(temperature=0.0), (), 0, 0)
+
+
+def sample_on_host(logits: Tensor, draws: Sequence[Draw], vocab_size: int) -> list[Choice | None]:
+    """As `sample`, of float32 logits, row by row in torch, whatever a row asks for."""
     logits[:, vocab_size:] = -torch.inf
     for index, draw in enumerate(draws):
         for wanted, step in LOGIT_STEPS:
@@ -159,6 +242,9 @@ def _draw(row: Tensor, draw: Draw) -> Choice:
     """A token of one row [V], at a temperature above 0."""
     params = draw.params
     ids, p = distribution(row, draw)
+    if ids is not None and not params.skew:
+        order = ids.argsort()
+        ids, p = ids[order], p[order]
     number = filters.skewed(uniform(draw.seed, draw.sample, len(draw.token_ids), draw.attempt), params.skew)
     sums = p.cumsum(0)
     place = min(int((sums <= number * float(sums[-1])).sum()), int((p > 0).nonzero()[-1]))
