@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -112,12 +113,12 @@ class LoraBank:
         self._slots[slot].pins -= 1
 
     def rank_scales(self, slot: int, scales: tuple[float, ...]) -> Tensor:
-        """float32 [R], R the slot's rank class: each adapter's scale by order of name, once a rank, then zeros."""
+        """float32 [R], R the slot's rank class: each adapter's scale by order of name, once a rank, then zeros.
+
+        Tensors are shared: nobody writes into them.
+        """
         loras = self._slots[slot].loras
-        ranks = torch.tensor([lora.max_rank for lora in loras])
-        spread = torch.zeros(_rank_class(loras))
-        spread[: int(ranks.sum())] = torch.tensor(scales, dtype=torch.float32).repeat_interleave(ranks)
-        return spread
+        return _spread(tuple(lora.max_rank for lora in loras), scales, _rank_class(loras))
 
     def touches(self, name: str, loras: tuple[LoraRows, ...]) -> bool:
         """Whether any slot in use does anything to the output of the module `name`."""
@@ -241,6 +242,13 @@ def _ordered(loras: tuple[Adapter, ...]) -> tuple[Adapter, ...]:
     if len(loras) > 1:
         check_set([(lora, 1.0) for lora in loras])
     return tuple(sorted(loras, key=lambda lora: lora.name))
+
+
+@lru_cache(maxsize=1024)
+def _spread(ranks: tuple[int, ...], scales: tuple[float, ...], width: int) -> Tensor:
+    spread = torch.zeros(width)
+    spread[: sum(ranks)] = torch.tensor(scales, dtype=torch.float32).repeat_interleave(torch.tensor(ranks))
+    return spread
 
 
 def _rank_class(loras: tuple[Adapter, ...]) -> int:

@@ -69,7 +69,9 @@ def mixed_tiles(loras: tuple[LoraRows, ...], device: torch.device) -> Tiles:
     columns = COLUMNS if count < MANY * len(loras) else 4 * COLUMNS
     made = tables(slots, columns)
     parts = [np.resize(each.view(np.int32), -(-each.size // 4) * 4) for each in (made.slots, made.rows, scales)]
-    sent = torch.from_numpy(np.concatenate(parts)).to(device).split([part.size for part in parts])
+    host = torch.empty(sum(part.size for part in parts), dtype=torch.int32, pin_memory=True)
+    np.concatenate(parts, out=host.numpy())
+    sent = host.to(device, non_blocking=True).split([part.size for part in parts])
     rows_sent = sent[1].view(-1, columns)
     return Tiles(sent[0][: len(made.slots)], rows_sent, sent[2].view(torch.float32).view(scales.shape))
 
