@@ -47,6 +47,17 @@ def test_an_error_ends_it_when_its_turn_has_come() -> None:
     assert max(begun) < 8 and not any(thread.name.startswith("reader") for thread in threading.enumerate())
 
 
+def test_a_tensor_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorayard.worker.linear.tensors.PIECE", 1000)
+    path, whole = tmp_path / "a.safetensors", torch.arange(1234, dtype=torch.int32)
+    save_file({"first": torch.ones(3), "whole": whole}, path)
+    tensors = Tensors([path], ModelError)
+    assert torch.equal(tensors.read("whole"), whole)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ModelError, match="whole cannot be read: the file has become shorter"):
+        tensors.read("whole")
+
+
 def test_tensors_are_read_as_they_were_written_by_many_threads(tmp_path: Path) -> None:
     torch.manual_seed(0)
     written = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ from lorayard.shared.errors import FileError, NotSupported
 FLOATS = ("F16", "BF16", "F32")
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I16": torch.int16, "I32": torch.int32}
 """What is read, as safetensors writes it. Other dtypes may be in a file, but have no place in a model."""
+PIECE, THREADS = 64 << 20, 4
+"""Bytes of a tensor up to which one thread reads it, and threads that read a larger one."""
+MAX_PINNED = 128 << 20
+"""Bytes of a tensor that pinned memory is taken for; that memory is kept for the next tensors, and then for good."""
 MAX_HEADER = 4 << 20
 """Bytes of a header: a file of twenty thousand tensors has less."""
 
@@ -33,10 +38,14 @@ class Entry:
 
 
 class Tensors:
-    """All tensors of some safetensors files by name. Errors are `error`s that name the file and the tensor."""
+    """All tensors of some safetensors files by name. Errors are `error`s that name the file and the tensor.
+
+    pinned: whether tensors are read into memory that a GPU copies from at full speed, for those that are to go there.
+    """
 
     def __init__(self, paths: Sequence[Path], error: type[FileError]) -> None:
         self.error, self.folder = error, paths[0].parent
+        self.pinned = False
         self.entries: dict[str, Entry] = {}
         for path in paths:
             for name, entry in _header(path, error).items():
@@ -66,23 +75,34 @@ class Tensors:
         return self.error(f"{self.entries[name].path}: {name} {what}")
 
     def read(self, name: str) -> Tensor:
-        """The tensor, copied into the CPU's memory; several threads may read at once."""
+        """The tensor, copied into the CPU's memory, a large one by several threads. Several threads may read at once."""
         entry = self.entries[name]
         if entry.dtype not in DTYPES:
             raise NotSupported(f"{entry.path}: {name} is {entry.dtype}; this version reads {', '.join(DTYPES)}")
-        data = torch.empty(entry.size, dtype=torch.uint8)
+        data = torch.empty(entry.size, dtype=torch.uint8, pin_memory=self.pinned and 0 < entry.size <= MAX_PINNED)
         view: Any = data.numpy()
-        got = 0
         try:
-            with entry.path.open("rb", buffering=0) as file:
-                file.seek(entry.start)
-                while got < entry.size and (count := file.readinto(view[got:])):
-                    got += count
+            if entry.size <= PIECE:
+                got = _fill(entry.path, entry.start, view)
+            else:
+                starts = range(0, entry.size, PIECE)
+                with ThreadPoolExecutor(THREADS) as pool:
+                    got = sum(pool.map(lambda at: _fill(entry.path, entry.start + at, view[at : at + PIECE]), starts))
         except OSError as reason:
             raise self.fault(name, f"cannot be read: {reason.strerror}") from None
         if got < entry.size:
             raise self.fault(name, "cannot be read: the file has become shorter")
         return data.view(DTYPES[entry.dtype]).view(entry.shape)
+
+
+def _fill(path: Path, start: int, view: Any) -> int:
+    """Read a file from `start` on into `view` -> the bytes that there were."""
+    got = 0
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while got < len(view) and (count := file.readinto(view[got:])):
+            got += count
+    return got
 
 
 def _header(path: Path, error: type[FileError]) -> dict[str, Entry]:

@@ -80,6 +80,7 @@ class Model:
         wish = Wish(cache.max_tokens, cache.dtype, 1) if cache is not None else Wish(slots=1)
         placed = needs(self.config, tensors, budgets, slots or {}).plan(wish, budgets).devices()
         self.dtype = compute_dtype(tensors, budgets)
+        tensors.pinned = all(device.type == "cuda" for device in placed)
         if placed[0].type == "cpu" and self.config.hidden_size * self.config.intermediate_size <= SMALL_LINEAR:
             torch.set_num_threads(1)
         try:
