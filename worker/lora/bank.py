@@ -65,15 +65,14 @@ class LoraBank:
         self.swaps, self.width = 0, STEP
         self._slots = [_Slot() for _ in range(slots)]
         self._shapes = {shape.name: shape for shape in linear_shapes(model.config)}
-        cuda = {device for device in model.layer_devices if device.type == "cuda"}
-        self._resident = {device: Resident(device, self._shapes, slots) for device in cuda}
+        self._residents: dict[torch.device, Resident] = {}
         self._clock = 0
 
     @property
     def _mixes(self) -> bool:
         """Whether the kernels of LoRA do the work."""
         sizes = (size for shape in self._shapes.values() for size in (shape.in_features, shape.out_features))
-        return bool(self._resident) and usable(self.model.norm) and not any(size % 8 for size in sizes)
+        return usable(self.model.norm) and not any(size % 8 for size in sizes)
 
     @property
     def combinations(self) -> list[tuple[str, ...] | None]:
@@ -136,13 +135,13 @@ class LoraBank:
             arrivals = self._slots[index].arrivals
             while arrivals:
                 device, arrival = arrivals.popitem()
-                self._resident[device].receive(index, arrival)
+                self._resident(device).receive(index, arrival)
 
     def prepare(self, loras: tuple[LoraRows, ...], device: torch.device) -> Prepared:
         """What `apply` needs of a step, on `device`."""
         self.receive(use.slot for use in loras)
         changing = tuple(on_device(use, device) for use in loras if self._slots[use.slot].changes)
-        if self._mixes and device in self._resident:
+        if self._mixes:
             return Prepared((), changing, mixed_tiles(loras, device))
         return Prepared(group_rows(loras, device), changing)
 
@@ -154,7 +153,7 @@ class LoraBank:
             self._apply(name, x, y[:, start:end], prepared)
             start = end
         if prepared.tiles is not None:
-            add_mixed(x, y, self._resident[y.device].joined(names), prepared.tiles)
+            add_mixed(x, y, self._resident(y.device).joined(names), prepared.tiles)
         return y
 
     def _apply(self, name: str, x: Tensor, y: Tensor, prepared: Prepared) -> None:
@@ -189,6 +188,11 @@ class LoraBank:
             h[use.rows] = rows
         return h
 
+    def _resident(self, device: torch.device) -> Resident:
+        if device not in self._residents:
+            self._residents[device] = Resident(device, self._shapes, self.slots)
+        return self._residents[device]
+
     def _touch(self, slot: int) -> None:
         self._clock += 1
         self._slots[slot].used = self._clock
@@ -208,8 +212,8 @@ class LoraBank:
         filled = _Slot(loras, changes=self._changes(loras))
         for device, modules in by_device(self.model, _modules(loras)).items():
             packed = _packed(loras, device, modules)
-            if device in self._resident:
-                halves, filled.arrivals[device] = self._resident[device].send(packed)
+            if device.type == "cuda":
+                halves, filled.arrivals[device] = self._resident(device).send(packed)
             else:
                 halves = packed.halves(packed.numbers)
             filled.stacked |= halves
