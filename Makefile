@@ -2,6 +2,7 @@
 # PIP_FLAGS reaches pip, to name another package index for instance.
 PYTHON ?= python3
 PIP_FLAGS ?=
+BENCH ?= W1 W2
 BIN := .venv/bin
 PACKAGES := lorayard.shared lorayard.kernels lorayard.worker lorayard.dispatcher lorayard.demo
 
@@ -26,8 +27,8 @@ check: .venv/dev  ## lint, format, types, import rules
 test-gpu: .venv/dev  ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu
 
-bench: .venv/runtime  ## speed of the engine, the queue and the routing; BENCH='MODEL --devices cuda' for another model or device
-	$(BIN)/python tests/bench/engine.py $(BENCH)
+bench: .venv/runtime  ## speed of the engine, the queue and the routing; BENCH= for all that `lorayard bench` has
+	$(BIN)/lorayard bench $(BENCH)
 	$(BIN)/python tests/bench/jobs.py
 	$(BIN)/python tests/bench/routing.py
 

@@ -23,7 +23,7 @@ from .profile import profile_steps
 from .ready import ready
 from .report import Shown, machine, print_profiles, print_rows
 from .shapes import FORMATS, SHAPES, made
-from .workloads import COLD, MS, READY, ROWS, WORKLOADS, Row
+from .workloads import COLD, DECODE, MS, OUT, READY, ROWS, WORKLOADS, Row
 
 EXAMPLES = """\b
 Examples:
@@ -44,7 +44,7 @@ W6  a process until it is ready, an adapter's folder until it is in its slot, an
 @click.command(epilog=EXAMPLES)
 @click.argument("workloads", metavar="[W1 ... W6]...", nargs=-1, type=click.Choice(WORKLOADS))
 @click.option("--model", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A folder to measure on.")
-@click.option("--shape", type=click.Choice(list(SHAPES)), help="What to make instead.  [llama-8b]")
+@click.option("--shape", type=click.Choice(list(SHAPES)), help="What to make.  [llama-8b, on the CPU tiny]")
 @click.option("--format", "kind", type=click.Choice(list(FORMATS)), help="Of the made model's linears.  [gptq4]")
 @click.option("--folder", type=click.Path(path_type=Path), help="For made models.  [~/.cache/lorayard/bench]")
 @click.option("--loras", type=click.IntRange(0), help="Only rows with so many LoRAs.")
@@ -67,14 +67,18 @@ def bench(
     """
     if model and (shape or kind):
         raise UsageError("--model brings its own shape and format: leave --shape and --format out")
-    shape, kind = (None, None) if model else (shape or "llama-8b", kind or "gptq4")
+    on_cpu = "cpu" in devices or not torch.cuda.is_available()
+    shape, kind = (None, None) if model else (shape or ("tiny" if on_cpu else "llama-8b"), kind or "gptq4")
+    if profile and on_cpu:
+        raise UsageError("--profile needs a GPU")
     rows = [row for row in ROWS if row.workload in (workloads or WORKLOADS) and loras in (None, row.adapters)]
     if not rows:
         raise UsageError(f"no row of {', '.join(workloads or WORKLOADS)} has {loras} LoRAs")
+    if profile and (short := [row.workload for row in rows if row.figure not in (DECODE, OUT)]):
+        raise UsageError(f"--profile is for workloads that decode, such as W1 or W2, not {short[0]}")
     if shape and kind:
         model = made(folder or _folder(), shape, kind)
     assert model
-    on_cpu = "cpu" in devices or not torch.cuda.is_available()
     cache_dtype = cache_dtype or ("fp32" if on_cpu else "fp16")
     share = SHAPES[shape].share if shape else 1
     runs = [(row, fitted(row, share, options["slots"])) for row in rows]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 
-import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -24,8 +23,6 @@ def profile_steps(engine: Engine, row: Row) -> list[dict[str, float | str]]:
     The first line is the whole step, as it takes without the profiler; `share` is a line's part of it. Kernels that
     overlap count each for its own time, so that all together may have more than the step.
     """
-    if not torch.cuda.is_available():
-        raise UsageError("--profile needs a GPU")
     if row.new < 4 * STEPS:
         raise UsageError(f"--profile needs answers of {4 * STEPS} tokens; those of {row.workload} have {row.new}")
     generator = engine.generator(row)

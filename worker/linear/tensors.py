@@ -75,7 +75,7 @@ class Tensors:
         return self.error(f"{self.entries[name].path}: {name} {what}")
 
     def read(self, name: str) -> Tensor:
-        """The tensor, copied into the CPU's memory, a large one by several threads. Several threads may read at once."""
+        """The tensor, copied into the CPU's memory, if large by several threads. Several threads may read at once."""
         entry = self.entries[name]
         if entry.dtype not in DTYPES:
             raise NotSupported(f"{entry.path}: {name} is {entry.dtype}; this version reads {', '.join(DTYPES)}")
