@@ -27,10 +27,11 @@ check: .venv/dev  ## lint, format, types, import rules
 test-gpu: .venv/dev  ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu
 
-bench: .venv/runtime  ## speed of the engine, the queue and the routing; BENCH= for all that `lorayard bench` has
+bench: .venv/runtime  ## speed of the engine, the queue, the routing and corpora; BENCH= for all that `lorayard bench` has
 	$(BIN)/lorayard bench $(BENCH)
 	$(BIN)/python tests/bench/jobs.py
 	$(BIN)/python tests/bench/routing.py
+	$(BIN)/python -m tests.bench.corpus
 
 clean:  ## remove all that make and the tools made
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections import Counter
@@ -34,6 +35,9 @@ BATCH_SHARE = ROUND // 10 + 1
 
 RECLAIM_IDLE_MS = 5000
 """An entry that a dispatcher took and did not finish for this long is taken by another."""
+
+MOST_FORGOTTEN = 1000
+"""Ids of one control entry."""
 
 RECLAIM_EVERY_S = 1.0
 PUBLISHED_EVERY_S = 1.0
@@ -167,15 +171,33 @@ class Ingress:
 
     def _control(self, entry: str, fields: Mapping[bytes, bytes]) -> partial[Any]:
         try:
+            if fields.get(b"op") == b"forget":
+                return partial(self.scripts.forget, entry, forgotten_ids(fields))
             return partial(self.scripts.cancel, entry, cancelled_id(fields))
         except Refused as refusal:
             return partial(self.scripts.reject, self.keys.control, entry, "", "", refusal.code, str(refusal))
 
 
+def forgotten_ids(fields: Mapping[bytes, bytes]) -> list[str]:
+    """The ids that a control entry lets the yard forget. Raises Refused."""
+    try:
+        ids = json.loads(fields.get(b"ids", b""))
+    except (ValueError, RecursionError):
+        ids = None
+    if fields.keys() != {b"op", b"ids"} or not isinstance(ids, list) or not 0 < len(ids) <= MOST_FORGOTTEN:
+        raise Refused("bad_field", f"`op forget` takes ids, a JSON list of 1 to {MOST_FORGOTTEN}, and nothing else")
+    for job_id in ids:
+        if not isinstance(job_id, str) or not JOB_ID.fullmatch(job_id):
+            raise Refused("bad_id", f"an id must match {JOB_ID.pattern}, not {str(job_id)[:80]!r}")
+    return ids
+
+
 def cancelled_id(fields: Mapping[bytes, bytes]) -> str:
     """The id that a control entry cancels. Raises Refused."""
     if fields.get(b"op") != b"cancel" or fields.keys() != {b"op", b"id"}:
-        raise Refused("bad_field", "a control entry must be `op cancel id ID` and nothing else")
+        raise Refused(
+            "bad_field", "a control entry must be `op cancel id ID` or `op forget ids LIST`, and nothing else"
+        )
     job_id = fields[b"id"].decode(errors="replace")
     if not JOB_ID.fullmatch(job_id):
         raise Refused("bad_id", f"id must match {JOB_ID.pattern}, not {job_id[:80]!r}")

@@ -23,7 +23,7 @@ class Keys:
 
     @property
     def control(self) -> str:
-        """Stream of control entries (`op cancel id ID`)."""
+        """Stream of control entries (`op cancel id ID`, `op forget ids LIST`)."""
         return f"{self.prefix}ctl"
 
     def out(self, job_id: str) -> str:

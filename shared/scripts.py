@@ -123,6 +123,10 @@ class Scripts:
         """-> cancelled | stopping | remembered | over | stale"""
         return self._run("cancel", [self.keys.control], [entry, job_id, EARLY_CANCEL_S], pipe)
 
+    def forget(self, entry: str, ids: Sequence[str], pipe: Pipeline | None = None) -> Any:
+        """-> number of answered jobs that are forgotten, or stale"""
+        return self._run("forget", [self.keys.control], [entry, *ids], pipe)
+
     def expire(self, most: int = 1000, pipe: Pipeline | None = None) -> Any:
         """-> number of deadlines that were due"""
         return self._run("expire", [], [most], pipe)

@@ -31,6 +31,7 @@ class Folder:
         self.corpus: Corpus = build(Corpus, json.loads(self.ledger.get("corpus", "{}")), str(path))
         self.types: Mapping[str, str] = json.loads(self.ledger.get("columns", "{}"))
         self.batch = self.ledger.get("batch")
+        self._bound = self.ledger.adapters()
 
     @classmethod
     def open(cls, path: Path) -> Folder:
@@ -85,11 +86,11 @@ class Folder:
 
     def bind(self, adapter: str, digest: str) -> None:
         """Only bytes that wrote the first text of an adapter may write more. Raises ForeignFolder."""
-        bound = self.ledger.adapters()
-        if adapter not in bound:
+        if adapter not in self._bound:
             self.ledger.use(adapter, digest)
-        elif bound[adapter] != digest:
+            self._bound[adapter] = digest
+        elif self._bound[adapter] != digest:
             raise ForeignFolder(
                 f"adapter {adapter} has other bytes ({digest[:12]}) than those that wrote texts of {self.path} "
-                f"({bound[adapter][:12]}); bring them back, or name another folder with -o"
+                f"({self._bound[adapter][:12]}); bring them back, or name another folder with -o"
             )

@@ -8,6 +8,7 @@ position, so sending it twice is sending it once.
 from __future__ import annotations
 
 import itertools
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -30,6 +31,10 @@ READER = "corpus"
 READ, READ_MS = 500, 100
 AGAIN_S = 60.0
 """A job without an answer for so long is sent again, in case Redis lost it; if not, that has no effect."""
+GATHER_S = 0.02
+"""Pause after a read that was not full: answers come a few at a time, and a turn for many costs little more."""
+LOOK_S = 0.5
+"""Between two looks for such jobs."""
 AWAY_S = 0.5
 BUSY_S = 1.0
 AHEAD = 4096
@@ -80,6 +85,7 @@ class Pump:
         self._again: list[tuple[float, Request]] = []
         self._clear()
         self._flushed = time.monotonic()
+        self._look_at = 0.0
         self._shard = 1 + max((int(name[5:].partition(".")[0]) for name in folder.ledger.shards()), default=-1)
 
     def run(self) -> bool:
@@ -120,10 +126,19 @@ class Pump:
 
     def _in_order(self, rows: Iterator[Row]) -> Iterator[Request]:
         """All texts of the rows, those near each other sorted by adapter and beginning of the prompt."""
-        texts = itertools.chain.from_iterable(map(self.maker.requests, rows))
+        texts = map(self._fitted, itertools.chain.from_iterable(map(self.maker.requests, rows)))
         while ahead := list(itertools.islice(texts, AHEAD)):
             ahead.sort(key=lambda one: (one.adapter, _beginning(one)))
             yield from ahead
+
+    def _fitted(self, request: Request) -> Request:
+        """With its columns as they go into a shard, or with the fault that they do not."""
+        if request.fault:
+            return request
+        try:
+            return request._replace(columns=fitted(request.columns, self.folder.types))
+        except ValueError as error:
+            return request._replace(columns={}, fields={}, fault=str(error))
 
     def _feed(self) -> None:
         """Send texts until the window is full."""
@@ -138,8 +153,11 @@ class Pump:
                 break
             if self._wanted(request):
                 sent.append(request)
-        late = [one.request for one in self.out.values() if now - one.at > AGAIN_S]
-        self._send(sent + late[:READ])
+        late = []
+        if now >= self._look_at:
+            late = [one.request for one in self.out.values() if now - one.at > AGAIN_S][:READ]
+            self._look_at = now + LOOK_S
+        self._send(sent + late)
 
     def _wanted(self, request: Request) -> bool:
         """Whether it has to be sent: it has not ended, can be sent, and no earlier run has its answer waiting."""
@@ -152,16 +170,10 @@ class Pump:
                 )
             self.counts.skipped += 1
             return False
-        fault = request.fault
-        if not fault:
-            try:
-                fitted(request.columns, self.folder.types)
-            except ValueError as error:
-                fault = str(error)
-        if fault:
-            code, colon, reason = fault.partition(": ")
+        if request.fault:
+            code, colon, reason = request.fault.partition(": ")
             named = bool(colon) and code.isidentifier()
-            self._fail(request, code if named else "bad_row", reason if named else fault)
+            self._fail(request, code if named else "bad_row", reason if named else request.fault)
             return False
         if request.position in self._early:
             entry, event = self._early.pop(request.position)
@@ -192,11 +204,14 @@ class Pump:
         pipe = self.redis.pipeline(transaction=False)
         pipe.xgroup_create(self._results, SINK, "0", mkstream=True)
         pipe.xreadgroup(SINK, READER, {self._results: self._reading.cursor}, count=READ, block=READ_MS)
-        for entry, job_id, event in self._reading.results(*pipe.execute(raise_on_error=False)):
+        found = self._reading.results(*pipe.execute(raise_on_error=False))
+        if len(found) < READ:
+            time.sleep(GATHER_S)
+        ledger = self.folder.ledger
+        for entry, job_id, event in found:
             position, generation = self._named(job_id)
-            ledger = self.folder.ledger
             if generation != ledger.generations.get(position, 0) or ledger.has(position):
-                self._entries.append(entry)  # a text that was retried since, or that is safe already
+                self._answered.append((entry, job_id))  # a text that was retried since, or that is safe already
             elif position in self._ended:
                 continue
             elif (sent := self.out.get(position)) is not None:
@@ -214,7 +229,7 @@ class Pump:
         fields = event.fields
         if event.kind != "done":
             code = fields.get("code", event.kind)
-            self._entries.append(entry)
+            self._answered.append((entry, self._id(request.position)))
             if code == "busy":  # the same id may be sent again, later
                 self._again.append((time.monotonic() + BUSY_S, request))
             elif code == "cancelled":  # by `corpus cancel`, before this run
@@ -223,15 +238,16 @@ class Pump:
             else:
                 self._fail(request, code, fields.get("error", ""))
             return
-        row = fitted(request.columns, self.folder.types) | {
-            "row_key": request.key, "sample": request.sample, "text": fields["text"], "finish_reason": fields["finish"],
+        row = {
+            **request.columns, "row_key": request.key, "sample": request.sample, "text": fields["text"],
+            "finish_reason": fields["finish"],
             "prompt_tokens": int(fields["prompt_tokens"]), "new_tokens": int(fields["new_tokens"]),
             "adapter": fields["adapter"], "adapter_digest": fields["adapter_digest"],
             "base_digest": fields["base_digest"], "seed": int(fields["seed"]), "attempts": int(fields["attempt"]),
             "gpu": fields["gpu"], "t_queue_ms": int(fields["t_queue_ms"]), "t_first_ms": int(fields["t_first_ms"]),
             "t_total_ms": int(fields["t_total_ms"]),
         }  # fmt: skip
-        self._entries.append(entry)
+        self._answered.append((entry, self._id(request.position)))
         self.counts.tokens += row["new_tokens"]
         gate = next((name for name, passes in self._gates.items() if not passes(row)), None)
         if gate is None:
@@ -267,14 +283,15 @@ class Pump:
                 self._shard += 1
         if self._ended:
             self.folder.ledger.commit((one._replace(shard=names[one.state]) for one in self._ended.values()), shards)
-        entries = self._entries
+        answered = self._answered
         self._clear()
         self._flushed = now
-        for first in range(0, len(entries), READ):
-            some = entries[first : first + READ]
+        for first in range(0, len(answered), READ):
+            entries, ids = zip(*answered[first : first + READ], strict=True)
             pipe = self.redis.pipeline(transaction=False)
-            pipe.xack(self._results, SINK, *some)
-            pipe.xdel(self._results, *some)
+            pipe.xadd(self.keys.control, {"op": "forget", "ids": json.dumps(ids)})  # so Redis' memory is bounded
+            pipe.xack(self._results, SINK, *entries)
+            pipe.xdel(self._results, *entries)
             pipe.execute()
 
     def _clear(self) -> None:
@@ -282,7 +299,7 @@ class Pump:
         self._ended: dict[int, Ended] = {}
         self._rows: list[dict[str, Any]] = []
         self._turned_down: list[dict[str, Any]] = []
-        self._entries: list[Any] = []
+        self._answered: list[tuple[Any, str]] = []
 
 
 def _beginning(request: Request) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -16,7 +17,11 @@ from . import openai
 from .source import BadRow, Row
 from .spec import Corpus, lora_text
 
+PLAIN = json.JSONEncoder(separators=(",", ":"))
+SORTED = json.JSONEncoder(separators=(",", ":"), sort_keys=True, default=str)
+"""Made once: `json.dumps` with options makes an encoder a call."""
 HOLE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+parsed = functools.lru_cache(1024)(LoraSet.parse)
 SAMPLING = (
     "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty",
     "presence_penalty", "add_bos",
@@ -71,16 +76,16 @@ class Maker:
         except (BadRow, Refused) as error:
             name = str(row.columns.get(self.corpus.input.id or "custom_id", row.position))
             for sample in range(n):
-                key = _key([row.position, sample, "fault"])
+                key = _key(row.position, sample, "fault")
                 yield Request(row.position * n + sample, name, key, sample, row.columns, "", 0, {}, str(error))
             return
-        ids = LoraSet.parse(adapter).ids
+        ids = parsed(adapter).ids
         bound = {"adapter_digest": "+".join(self.adapters[one] for one in ids)} if ids else {}
-        body = json.dumps([name, row.columns, adapter, fields], sort_keys=True, default=str, separators=(",", ":"))
+        body = SORTED.encode([name, row.columns, adapter, fields])
         for sample in range(n):
-            key = _key([body, sample])
+            key = _key(body, sample)
             asked = fields.get("seed")
-            drawn = int(_key([self.corpus.sample.seed, key])[:16], 16) if asked is None else asked + sample
+            drawn = int(_key(self.corpus.sample.seed, key)[:16], 16) if asked is None else asked + sample
             sent = {**self.static, **fields, **bound, "seed": drawn}  # type: ignore[attr-defined]
             yield Request(row.position * n + sample, str(name), key, sample, row.columns, adapter, drawn, sent)
 
@@ -100,7 +105,7 @@ class Maker:
             adapter = asked if asked is not None else self._adapter(columns)
         else:
             adapter, fields = self._adapter(columns), self._prompt(columns)
-        lora = LoraSet.parse(adapter)
+        lora = parsed(adapter)
         unknown = [name for name in lora.ids if name not in self.adapters]
         if unknown:
             raise BadRow(f"no_adapter: the yard has no adapter {', '.join(unknown)}")
@@ -158,5 +163,5 @@ def template(text: str) -> Callable[[Mapping[str, Any]], str]:
     return fill
 
 
-def _key(parts: Any) -> str:
-    return hashlib.blake2b(json.dumps(parts, separators=(",", ":")).encode(), digest_size=16).hexdigest()
+def _key(*parts: Any) -> str:
+    return hashlib.blake2b(PLAIN.encode(parts).encode(), digest_size=16).hexdigest()

@@ -267,6 +267,23 @@ def test_cancel(yard: LiveYard) -> None:
     yard.until(lambda: [one["code"] for one in yard.dead()] == ["bad_field", "bad_field", "bad_id"])
 
 
+@proves("forget.ids")
+def test_forget(yard: LiveYard) -> None:
+    job, held = yard.send(id="j"), yard.send(id="held", prompt=HOLD)
+    yard.final(job)
+    yard.running(held)
+    yard.redis.xadd("yard:ctl", {"op": "forget", "ids": '["j", "held", "unknown"]'})
+    yard.until(lambda: not yard.redis.exists("rq:job:j", "yard:out:j"))
+    assert yard.redis.zscore(f"rq:finished:{yard.redis.hget('rq:job:held', 'origin').decode()}", "j") is None
+    yard.cancel(held)
+    assert yard.final(held) == {"ev": "cancelled"}, "what runs is left alone"
+    yard.send(id="j", prompt="another")
+    yard.until(lambda: yard.ran.count("j") == 2)
+    for bad in ({"ids": "j"}, {"ids": "[]"}, {"ids": '["j"]', "id": "j"}, {"ids": '["a b"]'}):
+        yard.redis.xadd("yard:ctl", {"op": "forget", **bad})
+    yard.until(lambda: [one["code"] for one in yard.dead()] == ["bad_field"] * 3 + ["bad_id"])
+
+
 @proves("discover.info")
 def test_discovery(yard: LiveYard) -> None:
     row = next(line for line in (ROOT / "docs/wire.md").read_text().splitlines() if "`discover.info`" in line)

@@ -27,7 +27,7 @@ TEMPLATES = Path(__file__).parent.parent / "worker" / "templates"
 
 def wire(folder: Path) -> Make:
     """Entries of the intake streams, with payloads, and of the control stream."""
-    from lorayard.dispatcher.ingress import cancelled_id
+    from lorayard.dispatcher.ingress import cancelled_id, forgotten_ids
     from lorayard.dispatcher.published import Adapter, Published
     from lorayard.dispatcher.validate import Entry, judge, record
 
@@ -47,7 +47,8 @@ def wire(folder: Path) -> Make:
     def make(draw: random.Random) -> Case:
         if draw.randrange(10) == 0:
             fields = {b"op": b"cancel", b"id": b"x" * 5} | _flat(draw, {"op": "cancel", "id": "job-1"})
-            return lambda: cancelled_id(fields)
+            ids = {b"op": b"forget", b"ids": b'["x"]'} | _flat(draw, {"op": "forget", "ids": ["job-1", "job-2"]})
+            return (lambda: cancelled_id(fields)) if draw.randrange(2) else lambda: forgotten_ids(ids)
         given = draw.sample(sorted(REQUEST), draw.randrange(1, 6))
         request = {name: REQUEST[name] for name in given}
         flat = _flat(draw, request)

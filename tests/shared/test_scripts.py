@@ -250,6 +250,17 @@ def test_cancel_in_every_state(client: Client, worker: FakeWorker) -> None:
     assert client.depth() == 0 and client.load() == {}
 
 
+def test_forget_takes_answered_jobs_alone(client: Client, worker: FakeWorker) -> None:
+    for job in ("queued", "runs", "waits"):
+        client.send(job, combination("b") if job == "waits" else A, gpu=worker.gpu)
+    client.cancel("queued")
+    entry = client.entry(KEYS.control, op="forget")
+    assert client.scripts.forget(entry, ["waits", "queued", "runs", "nobody"]) == "1"
+    assert client.scripts.forget(entry, ["waits"]) == "stale"
+    assert [client.status(job) for job in ("waits", "queued", "runs")] == ["deferred", "", "queued"]
+    assert client.depth() == 2 and client.send("queued") == "accepted"
+
+
 def test_a_cancelled_job_of_a_dead_worker_does_not_run_again(client: Client, worker: FakeWorker) -> None:
     client.send("j", gpu=worker.gpu)
     worker.claim()
