@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from .launch import Kernel, Launch, require
-from .pool import GROUP, FloatPool, Pool, QuantisedPool
+from .pool import Pool
+from .pool_memory import FLOATS, forms_of, memory
 
 SPLIT, WARPS = 256, 4
 """Keys that a block of threads reads, and its warps; always the same, for the bits of a row hang on them."""
 DIMS = (64, 128)
-HALVES = (torch.float16, torch.bfloat16)
 LOG2_E = math.log2(math.e)
 MOST = 256 << 20
 """Bytes of partial results that a launch may take."""
@@ -33,36 +33,8 @@ def fits(q: Tensor, pools: tuple[Pool, Pool], tiles: int, width: int, span: int)
     heads, dim = q.shape[1:]
     kv_heads, page = pools[0].shape[1:3]
     partial = width * tiles * heads * -(-span // SPLIT) * (dim + 2) * 4
-    known = q.dtype in HALVES and q.is_contiguous() and _forms(pools) is not None
+    known = q.dtype in FLOATS and q.is_contiguous() and forms_of(pools) is not None
     return known and dim in DIMS and heads // kv_heads <= 16 and page % 16 == 0 and 0 < partial <= MOST
-
-
-def _forms(pools: tuple[Pool, Pool]) -> tuple[int, int, bool] | None:
-    """Bits of a number of K and of V, and whether they are bf16; None if the kernel knows no such pools."""
-    k, v = pools
-    if isinstance(k, QuantisedPool) and isinstance(v, QuantisedPool):
-        return k.bits, v.bits, False
-    if isinstance(k, FloatPool) and isinstance(v, FloatPool) and k.values.dtype == v.values.dtype in HALVES:
-        return 16, 16, k.values.dtype == torch.bfloat16
-    return None
-
-
-def memory(pools: tuple[Pool, Pool], like: Tensor) -> tuple[Tensor | None, ...]:
-    """Numbers of K and of V, and their scales if they are codes, as kernels are given them."""
-    numbers: list[Tensor] = []
-    scales: list[Tensor | None] = []
-    for pool in pools:
-        *places, dim = pool.shape
-        if isinstance(pool, QuantisedPool):
-            require("codes", pool.codes, torch.uint8, *places, dim * pool.bits // 8, like=like)
-            require("scales", pool.scales, torch.float16, *places, dim // GROUP, like=like)
-            numbers.append(pool.codes)
-            scales.append(pool.scales)
-        elif isinstance(pool, FloatPool):
-            require("values", pool.values, pool.values.dtype, *places, dim, like=like)
-            numbers.append(pool.values)
-            scales.append(None)
-    return *numbers, *scales
 
 
 def attend_pages(
@@ -84,7 +56,7 @@ def attend_pages(
     tokens, heads, dim = q.shape
     _, kv_heads, page, _ = pools[0].shape
     tiles, tile = rows.shape
-    forms = _forms(pools)
+    forms = forms_of(pools)
     if forms is None:
         raise ValueError("pools must be of fp16, of bf16 or of codes, both alike")
     for name, each in (("q", q), ("out", out)):

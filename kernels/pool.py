@@ -119,7 +119,7 @@ def quantise(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """
     half = 1 << (bits - 1)
     bound = LIMIT // GROUP
-    x = x.nan_to_num(0.0).clamp(-bound, bound).half()
+    x = x.float().nan_to_num(0.0).clamp(-bound, bound).half()
     groups = rotate(x).unflatten(-1, (-1, GROUP))
     largest = groups.abs().amax(-1, keepdim=True)
     shares = torch.where(largest > 0, groups / largest, -1.0).float()
