@@ -62,6 +62,14 @@ def add_up(partial: Partial, outputs: int) -> Tensor:
     return y
 
 
+def dense(q4: Q4) -> Tensor:
+    """The weights as q4.dequantise gives them, fp16 [K, N], turned in memory, where kernels run."""
+    weight = torch.empty(len(q4.factors), q4.inputs, dtype=torch.float16, device=q4.weights.device)
+    launch(widen(q4, weight))
+    stored = weight[: q4.outputs]
+    return (stored if q4.order is None else stored[:, q4.order.argsort()]).T
+
+
 def widen(q4: Q4, out: Tensor) -> Launch:
     """The launch of q4_dequantise: out fp16 [N to whole blocks, K], columns as they are stored."""
     rows, steps = len(q4.factors), q4.weights.shape[1]

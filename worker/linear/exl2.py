@@ -7,10 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lorayard.kernels import mixed
+from lorayard.kernels.launch import usable
 from lorayard.kernels.linear_exl2 import dequantise, linear_exl2
 from lorayard.shared.errors import NotSupported
 
-from .linear import Shape
+from .linear import Packed, Shape
+from .mixed import MixedTensors
 from .quantisation import Quantisation
 from .tensors import Tensors
 
@@ -30,10 +33,16 @@ class Exl2Tensors:
     order: Tensor
     outputs: int
 
-    def to(self, device: torch.device) -> Exl2Tensors:
-        """The same on `device`."""
+    def to(self, device: torch.device) -> Packed:
+        """The same on `device`, laid out for its kernels where they take it."""
         names = ("words", "codes", "scale_max", "order")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        moved = replace(self, **{name: getattr(self, name).to(device) for name in names})
+        packed = moved.pack() if usable(moved.words) else None
+        return moved if packed is None else MixedTensors(packed)
+
+    def pack(self) -> mixed.Mixed | None:
+        """The kernels' layout; None where the groups do not fit it."""
+        return mixed.pack_exl2(self.words, self.codes, self.scale_max, self.groups, self.order, self.outputs)
 
     def dequantise(self) -> Tensor:
         """fp16 [K, N]."""

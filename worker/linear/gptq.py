@@ -7,14 +7,15 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from lorayard.kernels import q4
+from lorayard.kernels import mixed, q4
 from lorayard.kernels.bits import unpack_rows
 from lorayard.kernels.launch import usable
 from lorayard.kernels.linear_gptq import dequantise, linear_gptq
-from lorayard.kernels.linear_q4 import linear_q4
+from lorayard.kernels.linear_q4 import dense, linear_q4
 from lorayard.shared.errors import NotSupported
 
 from .linear import Packed, Shape
+from .mixed import MixedTensors
 from .quantisation import Quantisation
 from .tensors import FLOATS, Tensors
 
@@ -34,8 +35,13 @@ class GptqTensors:
     def to(self, device: torch.device) -> Packed:
         """The same on `device`, laid out for its kernels where they take it."""
         moved = GptqTensors(*(getattr(self, field.name).to(device) for field in fields(self)))
-        packed = q4.pack(moved.words, moved.zeros, moved.scales, moved.group) if usable(moved.words) else None
-        return moved if packed is None else Q4Tensors(packed)
+        if not usable(moved.words):
+            return moved
+        arguments = moved.words, moved.zeros, moved.scales, moved.group
+        if four := q4.pack(*arguments):
+            return Q4Tensors(four)
+        packed = mixed.pack_gptq(*arguments)
+        return moved if packed is None else MixedTensors(packed)
 
     def dequantise(self) -> Tensor:
         """[K, N], fp16, or fp32 where the scales are."""
@@ -63,7 +69,7 @@ class Q4Tensors:
 
     def dequantise(self) -> Tensor:
         """[K, N] in fp16."""
-        return q4.dequantise(self.packed)
+        return dense(self.packed) if usable(self.words) else q4.dequantise(self.packed)
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [T, K] -> [T, N]."""
