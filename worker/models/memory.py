@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lorayard.kernels.attention import TILE
+from lorayard.kernels.paged_attention import MOST, SPLIT
 
 from ..cache.storage import PAGE, TYPES, page_bytes
 from .config import ModelConfig
@@ -62,16 +63,19 @@ class Needs:
 
 
 def workspace(config: ModelConfig, itemsize: int) -> int:
-    """An estimate of a step's largest temporaries on a GPU: activations, blocks of keys and values that attention reads
-    as float32, a dequantised linear, the logits and their copies.
+    """An estimate of a step's largest temporaries on a GPU: activations, a dequantised linear, the logits and their
+    copies, and what attention takes. That is blocks of keys and values that torch reads as float32, or those of a
+    longest text, gathered for its prompt, with what kernels add up for seats that read as many; whichever is more.
     """
     rows, tiles = CHUNK + SEATS, CHUNK // TILE + SEATS
     queries, wide = config.num_heads * config.head_dim, max(config.intermediate_size, config.hidden_size)
     activations = rows * itemsize * (4 * config.hidden_size + 3 * queries + 3 * config.intermediate_size)
     keys = 2 * tiles * config.num_kv_heads * PAGE * config.head_dim * (4 + itemsize)
     scores = 4 * tiles * TILE * config.num_heads * (3 * PAGE + 3 * config.head_dim)
+    gathered = 2 * config.max_seq_len * config.num_kv_heads * config.head_dim * itemsize
+    partial = min(MOST, 4 * SEATS * config.num_heads * -(-config.max_seq_len // SPLIT) * (config.head_dim + 2))
     dequantised = 4 * itemsize * wide * config.hidden_size
-    return activations + keys + scores + dequantised + 3 * 4 * SEATS * config.vocab_size
+    return activations + max(keys + scores, gathered + partial) + dequantised + 3 * 4 * SEATS * config.vocab_size
 
 
 def advice(needs: Needs, wish: Wish, budgets: Sequence[Budget]) -> list[str]:
