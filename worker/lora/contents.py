@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from lorayard.shared.errors import AdapterError, NotSupported
@@ -76,10 +77,10 @@ class Contents:
             contents._check_module(module, parts)
         return contents
 
-    def read(self, module: str, part: str) -> Tensor | None:
-        """The part of the module in float32, if it is there."""
+    def read(self, module: str, part: str, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        """The part of the module, if it is there."""
         name = self.modules[module].get(part)
-        return None if name is None else self.weights.read(name).float()
+        return None if name is None else self.weights.read(name).to(dtype)
 
     def slot_bytes(self, itemsize: int) -> int:
         """Bytes of the adapter alone in a slot, for weights of `itemsize`."""

@@ -130,18 +130,13 @@ class _Reader:
                 self.changes[module] = change
         if self.model.config.tied_head:
             self._tie()
-        for module in {**self.tensors, **self.changes}:
-            change = self.changes.get(module, Change())
-            if not all(bool(t.isfinite().all()) for t in (*self.tensors.get(module, ()), *change.tensors())):
-                raise AdapterError(
-                    f"{self.contents.file}: {module} has values that are not finite in {self.model.dtype}"
-                )
         return self.tensors, self.changes, self._alone()
 
     def _module(self, module: str) -> tuple[tuple[Tensor, Tensor] | None, Change]:
         part, dtype, scaling = self.contents.read, self.model.dtype, self.scalings.get(module, 1.0)
         weight, tokens = self._weight(module), self._tokens(module)
-        a, b, magnitude = part(module, "A"), part(module, "B"), part(module, "magnitude")
+        b, magnitude = part(module, "B"), part(module, "magnitude")
+        a = part(module, "A", dtype if magnitude is None else torch.float32)
         halves = gain = offset = None
         if a is not None and b is not None:
             b = b * scaling
@@ -153,7 +148,10 @@ class _Reader:
             offset = bias * scaling
         if (moved := self._moved_bias(module, gain)) is not None:
             offset = moved if offset is None else offset + moved
-        return halves, Change(weight, tokens, gain, offset)
+        change = Change(weight, tokens, gain, offset)
+        if not all(bool(each.isfinite().all()) for each in (*(halves or ()), *change.tensors())):
+            raise AdapterError(f"{self.contents.file}: {module} has values that are not finite in {dtype}")
+        return halves, change
 
     def _weight(self, module: str) -> Tensor | None:
         """A weight in the place of the base's; None if it is the same, as PEFT saves it beside a LoRA on it."""
