@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from .pool import Pool
@@ -70,6 +69,8 @@ def _whole(q: Tensor, k: Tensor, v: Tensor, before: int, scale: float) -> Tensor
 
 def _after(q: Tensor, k: Tensor, v: Tensor, before: int, scale: float) -> Tensor:
     """A part of a sequence: the last query sees all keys, each before it one less."""
+    from torch.nn.attention.bias import causal_lower_right  # brings torch's compiler along: half of a worker's start
+
     keys = before + len(q)
     queries, mask = q.transpose(0, 1)[None], causal_lower_right(len(q), keys)
     k, v = k[None, :, :keys], v[None, :, :keys]
