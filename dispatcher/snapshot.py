@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,10 +22,10 @@ LANES_SHOWN = 20
 
 
 class SlotSeen(NamedTuple):
-    """A slot, or the base if it has jobs. jobs: of the combination on the GPU, queued and running."""
+    """A slot, or the base if it has jobs. state: open, closing or loading. jobs: on the GPU, queued and running."""
 
     combination: str
-    closing: bool
+    state: str
     jobs: int
 
 
@@ -39,6 +41,19 @@ class GpuSeen:
     tokens_per_s: float
     swaps: int
     slots: tuple[SlotSeen, ...]
+    beat_age_s: float
+    figures: Mapping[str, float]
+    """What else its worker counts and measures, by the names of `FIGURES`; a name that it does not say is absent."""
+    wait_bounds_s: tuple[float, ...]
+    wait_buckets: tuple[int, ...]
+    """Jobs claimed by how long they had waited: at most each bound, and more."""
+
+
+FIGURES = (
+    "tokens", "prompt_tokens", "prompt_tokens_per_s", "jobs_finished", "jobs_failed", "jobs_canceled", "jobs_lost",
+    "wait_sum_ms", "wait_p50_ms", "wait_p95_ms", "wait_p99_ms", "vram_used", "vram_total", "util_percent",
+    "temperature_c", "power_w", "still_s",
+)  # fmt: skip
 
 
 class LaneSeen(NamedTuple):
@@ -53,7 +68,8 @@ class LaneSeen(NamedTuple):
 class Snapshot:
     """info: yard:info, empty before a worker has joined. depth: jobs of a class that are accepted and not final.
 
-    unread: jobs in the intake streams. memory: bytes that Redis uses, -1 if it does not say; memory_limit: 0 if none.
+    unread: jobs in the intake streams, lag_s: since the oldest of them came.
+    memory: bytes that Redis uses, -1 if it does not say; memory_limit: 0 if none.
     """
 
     time_ms: int
@@ -63,6 +79,7 @@ class Snapshot:
     lanes_in_all: int
     depth: Mapping[str, int]
     unread: int
+    lag_s: float
     refused: int
     adapters: int
     memory: int
@@ -88,14 +105,16 @@ def look(redis: Any, keys: Keys) -> Snapshot:
     pipe.hlen(keys.adapters)
     for cls in CLASSES:
         pipe.xlen(keys.stream(cls))
+        pipe.xrange(keys.stream(cls), count=1)
     pipe.info("memory")
     *found, memory = pipe.execute(raise_on_error=False)  # an ACL may forbid INFO, and nothing else
     for one in found:
         if isinstance(one, RedisError):
             raise one
-    (seconds, micros), info, gpus, lanes, lanes_in_all, depth, refused, adapters, *unread = found
+    (seconds, micros), info, gpus, lanes, lanes_in_all, depth, refused, adapters, *intake = found
     now_ms = seconds * 1000 + micros // 1000
     names = sorted((name.decode(errors="replace") for name in gpus), key=_by_number)
+    oldest_ms = min((whole(entry.partition(b"-")[0]) for [(entry, _)] in filter(None, intake[1::2])), default=now_ms)
     memory = {} if isinstance(memory, RedisError) else memory
     gpus_seen, lengths = _details(redis, keys, names, [name for name, _ in lanes], now_ms)
     return Snapshot(
@@ -104,7 +123,8 @@ def look(redis: Any, keys: Keys) -> Snapshot:
             LaneSeen(clean(name), jobs, max(now_ms - ms, 0) / 1000)
             for (name, ms), jobs in zip(lanes, lengths, strict=True)
         ),
-        lanes_in_all, {cls: whole(depth.get(cls.encode())) for cls in CLASSES}, sum(unread), refused, adapters,
+        lanes_in_all, {cls: whole(depth.get(cls.encode())) for cls in CLASSES}, sum(intake[::2]),
+        max(now_ms - oldest_ms, 0) / 1000, refused, adapters,
         memory.get("used_memory", -1), memory.get("maxmemory", 0),
     )  # fmt: skip
 
@@ -130,19 +150,38 @@ def _gpu(
     queued: int,
 ) -> GpuSeen:  # fmt: skip
     jobs = {combination: whole(count) for combination, count in load.items()}
+    loading = _numbers(said.get(b"loading"))
     slots = tuple(
-        SlotSeen(clean(table[index]), table.get(index + b".state") == b"closing", jobs.get(table[index], 0))
+        SlotSeen(clean(table[index]), _slot_state(table, index, int(index) in loading), jobs.get(table[index], 0))
         for index in sorted(filter(bytes.isdigit, table), key=int)
     )
     if BASE.encode() in jobs:
-        slots += (SlotSeen(BASE, False, jobs[BASE.encode()]),)
+        slots += (SlotSeen(BASE, "open", jobs[BASE.encode()]),)
     state = clean(said.get(b"state", b"no worker"))
-    if said and now_ms - whole(said.get(b"beat_ms")) >= LEASE_MS:
+    age_ms = max(now_ms - whole(said.get(b"beat_ms")), 0) if said else 0
+    if age_ms >= LEASE_MS:
         state = "silent"
     return GpuSeen(
         clean(name), state, queued, max(sum(jobs.values()) - queued, 0), whole(said.get(b"seats")),
         _decimal(said.get(b"tokens_per_s", b"0")), whole(said.get(b"swaps")), slots,
+        age_ms / 1000, {name: _decimal(said[name.encode()]) for name in FIGURES if said.get(name.encode())},
+        _numbers(said.get(b"wait_bounds_s")), tuple(map(int, _numbers(said.get(b"wait_buckets")))),
     )  # fmt: skip
+
+
+def _slot_state(table: Mapping[bytes, bytes], index: bytes, loading: bool) -> str:
+    if table.get(index + b".state") == b"closing":
+        return "closing"
+    return "loading" if loading else "open"
+
+
+def _numbers(said: bytes | None) -> tuple[float, ...]:
+    """A JSON list of numbers; () if it is none."""
+    try:
+        found = json.loads(said or b"[]")
+        return tuple(each for each in map(float, found) if math.isfinite(each))
+    except (ValueError, TypeError, RecursionError):
+        return ()
 
 
 def _texts(found: Mapping[bytes, bytes]) -> dict[str, str]:
@@ -151,9 +190,10 @@ def _texts(found: Mapping[bytes, bytes]) -> dict[str, str]:
 
 def _decimal(said: bytes) -> float:
     try:
-        return float(said)
+        number = float(said)
     except ValueError:
         return 0.0
+    return number if math.isfinite(number) else 0.0
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:

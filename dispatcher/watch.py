@@ -118,7 +118,9 @@ def lines(yard: Snapshot, title: str) -> Iterator[str]:
         f"memory {yard.memory}"
     )
     for gpu in yard.gpus:
-        slots = " ".join(f"{one.combination}:{one.jobs}{':closing' if one.closing else ''}" for one in gpu.slots)
+        slots = " ".join(
+            f"{one.combination}:{one.jobs}{'' if one.state == 'open' else f':{one.state}'}" for one in gpu.slots
+        )
         yield (
             f"gpu {gpu.name} {gpu.state.replace(' ', '-')} queued {gpu.queued} running {gpu.running}/{gpu.seats} "
             f"tokens/s {gpu.tokens_per_s:.1f} swaps {gpu.swaps} slots {slots or '-'}"
@@ -161,7 +163,9 @@ def _gpu_row(gpu: GpuSeen) -> tuple[str | Text, ...]:
 def _slot(slot: SlotSeen) -> Text:
     """Its adapters with their jobs; an idle one is dim."""
     count = f" {slot.jobs} {'job' if slot.jobs == 1 else 'jobs'}" if slot.jobs else ""
-    return Text(f"{slot.combination}{count}{' closing' if slot.closing else ''}", "" if slot.jobs else "dim")
+    return Text(
+        f"{slot.combination}{count}{'' if slot.state == 'open' else f' {slot.state}'}", "" if slot.jobs else "dim"
+    )
 
 
 def _memory(yard: Snapshot) -> str:

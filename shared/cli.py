@@ -20,6 +20,7 @@ COMMANDS = {
     "cancel": ("lorayard.dispatcher.commands:cancel", "End jobs that wait or run."),
     "info": ("lorayard.shared.info:info", "Show the yard, or what a model would take of each device."),
     "top": ("lorayard.dispatcher.watch:top", "Watch the yard, refreshed every second."),
+    "monitor": ("lorayard.dispatcher.monitor.command:monitor", "Serve a web page of the yard, and /metrics."),
     "adapters": ("lorayard.shared.cli:adapters", "List the adapters that jobs may name, or check an adapter's folder."),
     "corpus": ("lorayard.dispatcher.corpus.commands:corpus", "Generate a text for every row of a file, each once."),
     "dead": ("lorayard.dispatcher.dead:dead", "Show refused entries, and send them again."),
@@ -37,7 +38,7 @@ ADAPTER_COMMANDS = {
 EXTRA_OF = {
     "torch": "worker", "numpy": "worker", "safetensors": "worker", "tokenizers": "worker", "jinja2": "worker",
     "cupy": "gpu", "pynvml": "gpu",
-    "pyarrow": "corpus", "fsspec": "corpus", "yaml": "corpus", "jsonschema": "corpus",
+    "prometheus_client": "monitor", "pyarrow": "corpus", "fsspec": "corpus", "yaml": "corpus", "jsonschema": "corpus",
 }  # fmt: skip
 """Package that may be absent -> the extra that brings it."""
 

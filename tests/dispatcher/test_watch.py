@@ -54,7 +54,7 @@ def test_a_snapshot_counts_what_is_there(yard: LiveYard) -> None:
     seen = look(yard.redis, KEYS)
     (gpu,) = seen.gpus
     assert (gpu.name, gpu.state, gpu.queued, gpu.running, gpu.seats) == ("gpu-h-0", "ready", 8, 4, 4)
-    assert gpu.slots == ((combination("a"), False, 12),)
+    assert gpu.slots == ((combination("a"), "open", 12),)
     assert [(lane.name, lane.jobs) for lane in seen.lanes] == [(f"batch:{combination('a')}", 4)]
     assert 0 <= seen.lanes[0].age_s < 60 and seen.lanes_in_all == 1
     assert seen.depth == {"urgent": 0, "normal": 4, "batch": 12} and (seen.refused, seen.adapters) == (1, 6)

@@ -17,6 +17,7 @@ from lorayard.shared.scripts import Scripts, Superseded
 from ..lora.folders import scan
 from . import facts
 from .adapters import AdapterLibrary
+from .figures import Sensors, cuda_uuids
 from .prepare import Preparer
 from .spec import HUNG, SUPERSEDED, WorkerSpec
 from .worker import SOCKET_TIMEOUT_S, GpuWorker
@@ -75,6 +76,10 @@ def _serve(spec: WorkerSpec, worker: GpuWorker) -> None:
     config = ModelConfig.from_directory(path, **spec.overrides)
     model = Model(config)
     on_cpu = spec.devices == "cpu"
+    if not on_cpu:
+        sensors = Sensors(cuda_uuids(spec.devices))
+        sensors.start()
+        worker.sensors = lambda: sensors.fields
     roots = [Path(root) for root in spec.adapters]
     cache = Cache(model, spec.cache_tokens, spec.cache_dtype or ("fp32" if on_cpu else "fp16"))
     slots = {} if on_cpu else slot_space(config, roots, itemsize=2).modules

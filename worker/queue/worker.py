@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import secrets
 import time
@@ -18,6 +19,7 @@ from lorayard.shared.job import Job, SamplingParams
 from lorayard.shared.keys import rq_queue
 from lorayard.shared.scripts import Lease, Message, News, Scripts, Value
 
+from .figures import Figures
 from .heartbeat import RECORD_S, Heartbeat
 from .helper import Helper
 from .outbox import Outbox
@@ -80,8 +82,9 @@ class GpuWorker(BaseWorker):
         self._found_job = False
         self._retry_at = 0.0
         self._drain_until: float | None = None
-        self._tokens = 0
-        self._counted = (0, time.monotonic())
+        self._figures = Figures()
+        self.sensors: Callable[[], Mapping[str, Value]] = dict
+        """What the GPU's sensors say, as fields of yard:gpu:GPU."""
 
     def join_yard(self, wait_s: float, fields: Mapping[str, Value]) -> str | None:
         """Take the GPU and start the heart. Waits for a predecessor that may be dead; -> its name if it lives on.
@@ -157,6 +160,7 @@ class GpuWorker(BaseWorker):
             if running is not None and running.lease.execution == execution:
                 log.warning("job %s: the lease is lost, it runs elsewhere", job_id)
                 self._end(running, [])
+                self._figures.ended["lost"] += 1
         for stop in news.stops:
             reason, _, job_id = stop.partition(":")
             if job_id in self._running:
@@ -170,6 +174,7 @@ class GpuWorker(BaseWorker):
         del self._running[running.lease.id]
         self.heart.drop(running.lease)
         self._outbox.messages += messages
+        self._figures.ended.update(message.status for message in messages if message.status)
 
     def _claim(self) -> None:
         free = self.seats - len(self._running)
@@ -185,6 +190,7 @@ class GpuWorker(BaseWorker):
         self._found_job &= not leases
         for lease in leases:
             self.heart.hold(lease)
+            self._figures.waited(lease.waited_ms)
             self._start(lease)
 
     def _start(self, lease: Lease) -> None:
@@ -212,6 +218,7 @@ class GpuWorker(BaseWorker):
             prompt_logprobs=job.prompt_logprobs, token_healing=job.token_healing, banned_strings=job.banned_strings,
         )  # fmt: skip
         self._handles[running.handle] = running
+        self._figures.prompt_tokens += len(ready.token_ids)
 
     def _fail(self, running: Running, error: BaseException) -> None:
         if isinstance(error, Refused):
@@ -231,7 +238,7 @@ class GpuWorker(BaseWorker):
             if running is None:
                 continue
             running.add(event, now)
-            self._tokens += len(event.token_ids)
+            self._figures.tokens += len(event.token_ids)
             if event.finished:
                 self._finish(running, event, now)
             elif running.due(event.sample, now) and not self._retry_at:
@@ -258,13 +265,13 @@ class GpuWorker(BaseWorker):
 
     def _status(self) -> dict[str, Value]:
         """Fields of yard:gpu:GPU that change."""
-        (tokens, at), now = self._counted, time.monotonic()
-        self._counted = self._tokens, now
-        rate = (self._tokens - tokens) / max(now - at, 1e-3)
+        in_hand = list(self._running.values())
+        ready = {running.lease.slot for running in in_hand if running.handle is not None}
+        loading = {running.lease.slot for running in in_hand if running.handle is None} - ready - {None}
         return {
-            "state": self._condition, "running": len(self._running), "queued": self._waiting,
-            "tokens": self._tokens, "tokens_per_s": round(rate, 1),
-            "still_s": round(self.heart.still_s, 1),
+            "state": self._condition, "running": len(in_hand), "queued": self._waiting,
+            "loading": json.dumps(sorted(loading)), "still_s": round(self.heart.still_s, 1),
+            **self._figures.fields(), **self.sensors(),
         }  # fmt: skip
 
     def _publish(self, condition: str) -> None:
