@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from .gather_pages import gather
 from .pool import Pool
 
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
@@ -36,7 +37,8 @@ def spans_of(
 
     On the CPU: positions int64 [T] of `counts` int64 [n] tokens of each sequence in turn; page_table int64 [n, P].
     """
-    tables, starts = page_table.to(device), counts.cumsum(0) - counts
+    aligned = pad(page_table, (0, page_table.shape[1] % 2))  # kernels want tables that begin at 16 bytes
+    tables, starts = aligned.to(device), counts.cumsum(0) - counts
     for i, (start, count, before) in enumerate(
         zip(starts.tolist(), counts.tolist(), positions[starts].tolist(), strict=True)
     ):
@@ -53,7 +55,7 @@ def attend_spans(q: Tensor, pools: tuple[Pool, Pool], spans: Iterable[Span], sca
     with sdpa_kernel(BACKENDS, set_priority=True):
         for span in spans:
             rows = slice(span.start, span.start + span.count)
-            k, v = (pool.gather(span.pages).to(q.dtype) for pool in pools)
+            k, v = gather(pools, span.pages, q.dtype)
             out[rows] = (_after if span.before else _whole)(q[rows], k, v, span.before, scale)
 
 

@@ -1,12 +1,7 @@
 // One warp for each head of a token: q and k turned (2 TURNED of DIM numbers, halves paired), q to its place, k and v
 // into their page of a pool [pages, KV_HEADS, page, DIM], made finite: of fp16 or bf16 (BITS 16), or as codes of 8 or 4
 // bits with scales (kernels/pool.py). Rows of q, k, v are `stride` apart.
-#include "number.cuh"
-
-INLINE float finite(float x, float bound) { return x != x ? 0.f : fminf(fmaxf(x, -bound), bound); }
-INLINE u32 finite_halves(u32 pair, float bound) {
-  return pack_half(finite(widen_low(pair), bound), finite(widen_high(pair), bound));
-}
+#include "rotate.cuh"
 
 // Numbers i and i + 1 of a head, i even, turned and rounded; `turn` false for v.
 INLINE u32 turned_pair(const u16* head, const float* cosine, const float* sine, int i, bool turn) {
@@ -22,21 +17,15 @@ INLINE u32 turned_pair(const u16* head, const float* cosine, const float* sine, 
   return narrow(out[0], out[1]);
 }
 
-// A warp's 64 numbers of fp16, two in each lane, rotated: those in even places, and those in odd ones.
-INLINE u32 rotate(u32 pair, int lane) {
-#pragma unroll
-  for (int stride = 1; stride < 32; stride *= 2) {
-    const u32 other = __shfl_xor_sync(~0u, pair, stride);
-    pair = lane & stride ? subtract_halves(other, pair) : fma_halves(pair, 0x3c003c00, other);
-  }
-  return pair;
-}
-
 // A code of a number among those whose magnitudes reach `largest`, rounded to fp16 at each step.
 template <int BITS> INLINE u32 code_of(float x, float largest) {
   constexpr float HALF = 1 << (BITS - 1);
   const float share = largest > 0 ? half_to_float((u16)pack_half(x / largest, 0)) : -1.f;
   return (u32)fminf(fmaxf(rintf(half_to_float((u16)pack_half(share * HALF + HALF, 0))), 0.f), 2 * HALF - 1);
+}
+
+INLINE u32 finite_halves(u32 pair, float bound) {
+  return pack_half(finite(widen_low(pair), bound), finite(widen_high(pair), bound));
 }
 
 // Numbers i and i + 1 of a row of a pool; all lanes of the warp have some.
