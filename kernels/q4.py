@@ -11,6 +11,7 @@ N is filled up to whole blocks with scales of 0.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -72,6 +73,33 @@ def pack(qweight: Tensor, zeros: Tensor, scales: Tensor, group: Tensor) -> Q4 | 
         None if symmetric else _pair_rows(zeros.to(torch.int16)) * zeros.new_tensor([1, 16], dtype=torch.int16)
     )
     return Q4(_pack_levels(levels.T), packed_scales, packed_zeros, factors, outputs, size, None if own else order)
+
+
+def join(parts: Sequence[Q4]) -> Q4 | None:
+    """The outputs of all, one after another; None where they differ in more than their numbers, or fill no blocks."""
+    first = parts[0]
+    for each in parts:
+        same = (each.group, each.inputs, each.zeros is None) == (first.group, first.inputs, first.zeros is None)
+        if not same or each.outputs % BLOCK or (each.order is None) != (first.order is None):
+            return None
+        if each.order is not None and first.order is not None and not torch.equal(each.order, first.order):
+            return None
+    zeros = [each.zeros for each in parts if each.zeros is not None]
+    weights, scales, factors = (torch.cat([getattr(each, name) for each in parts]) for name in _PARTS)
+    outputs = sum(each.outputs for each in parts)
+    return Q4(weights, scales, torch.cat(zeros) if zeros else None, factors, outputs, first.group, first.order)
+
+
+_PARTS = ("weights", "scales", "factors")
+
+
+def split(whole: Q4, outputs: Sequence[int]) -> list[Q4]:
+    """The parts of `join`, views into it."""
+    weights = whole.weights.split([size // BLOCK for size in outputs])
+    scales = whole.scales.split([size // 16 for size in outputs])
+    zeros = [None] * len(outputs) if whole.zeros is None else whole.zeros.split([size // 16 for size in outputs])
+    parts = zip(weights, scales, zeros, whole.factors.split(list(outputs)), outputs, strict=True)
+    return [Q4(w, s, z, f, size, whole.group, whole.order) for w, s, z, f, size in parts]
 
 
 def _pack_levels(levels: Tensor) -> Tensor:

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorayard.kernels.attention import Tiles, attend, tile
+from lorayard.kernels.attention import Tiles, attend, decode_tiles, tile
 from lorayard.kernels.pool import Pool
-from lorayard.kernels.rms_norm import rms_norm
+from lorayard.kernels.rms_norm import add_norm, rms_norm
 from lorayard.kernels.rope_append import turn_and_append
 
 from ..cache.storage import PAGE
 from ..linear import formats
-from ..linear.linear import Linear, Shape
+from ..linear.joined import Joined
+from ..linear.linear import Shape
 from ..linear.tensors import Tensors
 from .adapters import Bank
 from .batch import Batch
@@ -62,10 +63,27 @@ class Step:
         loras = bank.prepare(batch.loras, device) if bank and batch.loras else None
         return cls(tiles, turns, pages, positions % PAGE, bank, loras)
 
-    def project(self, module: Linear, x: Tensor) -> Tensor:
-        """The linear, called once for all rows, and each slot's delta for its rows."""
-        y = module(x)
-        return self.bank.apply(module.name, x, y, self.loras) if self.bank and self.loras is not None else y
+    @classmethod
+    def decoding(
+        cls,
+        positions: Tensor,
+        page_table: Tensor,
+        windows: tuple[int, ...],
+        frequencies: Mapping[Rope, Tensor],
+        bank: Bank | None,
+        loras: Any,
+    ) -> Step:
+        """One token of each sequence, at positions int64 [B], page_table int64 [B, P]; all is on the device and stays
+        there, so that a graph can hold it. loras: as the bank prepares them."""
+        tiles = {window: decode_tiles(positions, page_table, PAGE, window) for window in set(windows)}
+        turns = {rope: rope.turns(positions, each) for rope, each in frequencies.items()}
+        pages = page_table.gather(1, (positions // PAGE)[:, None]).flatten()
+        return cls(tiles, turns, pages, positions % PAGE, bank, loras)
+
+    def project(self, linears: Joined, x: Tensor) -> Tensor:
+        """The linears, called once for all rows, and each slot's delta for its rows."""
+        y = linears(x)
+        return self.bank.apply(linears.names, x, y, self.loras) if self.bank and self.loras is not None else y
 
 
 def layer_linears(config: ModelConfig, index: int) -> dict[str, Shape]:
@@ -113,28 +131,39 @@ class Layer:
             for place, (name, _) in layer_norms(config, index).items()
         }
 
-    def forward(self, h: Tensor, step: Step, k_pool: Pool, v_pool: Pool) -> Tensor:
-        """h [T, hidden] -> h [T, hidden]; writes the tokens' K and V, then attends."""
-        out = self._attention(self._norm("attention_in", h, self.dtype), step, k_pool, v_pool)
-        h = h + self._norm("attention_out", out, h.dtype)
-        out = self._mlp(self._norm("mlp_in", h, self.dtype), step)
-        return h + self._norm("mlp_out", out, h.dtype)
+        self._qkv = Joined([self.linears[last] for last in ("q_proj", "k_proj", "v_proj")])
+        self._out = Joined([self.linears["o_proj"]])
+        self._gate_up = Joined([self.linears[last] for last in ("gate_proj", "up_proj")])
+        self._down = Joined([self.linears["down_proj"]])
+
+    def forward(
+        self, h: Tensor, delta: Tensor | None, step: Step, k_pool: Pool, v_pool: Pool
+    ) -> tuple[Tensor, Tensor]:
+        """h [T, hidden] and what is still to be added to it -> the same; writes the tokens' K and V, then attends."""
+        h, x = self._add_norm("attention_in", h, delta)
+        out = self._norm("attention_out", self._attention(x, step, k_pool, v_pool), h.dtype)
+        h, x = self._add_norm("mlp_in", h, out)
+        return h, self._norm("mlp_out", self._mlp(x, step), h.dtype)
+
+    def _add_norm(self, place: str, h: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """h + delta, and its norm."""
+        if delta is None:
+            return h, self._norm(place, h, self.dtype)
+        return add_norm(delta, h, self.norms[place], self.config.norm_eps, self.dtype)
 
     def _norm(self, place: str, x: Tensor, dtype: torch.dtype) -> Tensor:
         weight = self.norms.get(place)
-        return x if weight is None else rms_norm(x, weight, self.config.norm_eps, dtype)
+        return x if weight is None else rms_norm(x.contiguous(), weight, self.config.norm_eps, dtype)
 
     def _attention(self, x: Tensor, step: Step, k_pool: Pool, v_pool: Pool) -> Tensor:
-        q, k, v = (
-            step.project(self.linears[last], x).view(len(x), -1, self.config.head_dim)
-            for last in ("q_proj", "k_proj", "v_proj")
-        )
-        q, k = (self._norm(place, heads, self.dtype) for place, heads in (("q", q), ("k", k)))
+        config = self.config
+        heads = step.project(self._qkv, x).view(len(x), -1, config.head_dim)
+        q, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], 1)
+        q, k = (self._norm(place, each, self.dtype) for place, each in (("q", q), ("k", k)))
         q = turn_and_append(q, k, v, step.turns[self.rope], (k_pool, v_pool), (step.pages, step.offsets))
-        tiles = step.tiles[self.window]
-        out = attend(q, k_pool, v_pool, tiles, self.config.query_scale, self.config.attention_cap)
-        return step.project(self.linears["o_proj"], out.flatten(1))
+        out = attend(q, k_pool, v_pool, step.tiles[self.window], config.query_scale, config.attention_cap)
+        return step.project(self._out, out.flatten(1))
 
     def _mlp(self, x: Tensor, step: Step) -> Tensor:
-        gate, up = (step.project(self.linears[last], x) for last in ("gate_proj", "up_proj"))
-        return step.project(self.linears["down_proj"], self.config.architecture.gate(gate, up))
+        gate, up = step.project(self._gate_up, x).chunk(2, -1)
+        return step.project(self._down, self.config.architecture.gate(gate, up))

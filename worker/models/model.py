@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lorayard.kernels.rms_norm import rms_norm
+from lorayard.kernels.rms_norm import add_norm, rms_norm
 from lorayard.shared.errors import ModelError, NotSupported, UsageError
 
 from ..cache.storage import Cache
@@ -35,6 +36,14 @@ IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|(?!mo
 """Tensors that are beside the point: old checkpoints' RoPE tables, and what another file format's names hold."""
 SMALL_LINEAR = 1 << 20
 """Weights of a linear up to which a second CPU thread costs more than it brings."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Layers that follow each other on one device."""
+
+    device: torch.device
+    layers: list[int]
 
 
 class Model:
@@ -117,7 +126,7 @@ class Model:
         progress(sum(sizes), sum(sizes))
 
     def forward(self, batch: Batch, cache: Cache, bank: Bank | None = None) -> Tensor:
-        """Logits, float32 [L, vocab] on the head's device, of the tokens batch.logit_rows.
+        """Logits [L, vocab] on the head's device, of the tokens batch.logit_rows, in the dtype that `project` gives.
 
         K and V of every token are written into the cache before any attends. Token ids and positions must be in range:
         the caller checks them, a GPU does not.
@@ -125,32 +134,50 @@ class Model:
         if self.head is None:
             raise UsageError("the model is not loaded")
         steps = self._steps(batch, bank)
-        h = self._widen(self._embed(batch, bank))
-        for i, layer in enumerate(self.layers):
-            h = layer.forward(h.to(layer.device), steps[layer.device], *cache[i])
-        h = h[batch.logit_rows.to(h.device)].to(self.norm.device)
-        h = rms_norm(h, self.norm, self.config.norm_eps, self.dtype)
-        logits, cap = self._project(h, batch, bank).float(), self.config.logit_cap
-        return (logits / cap).tanh() * cap if cap else logits
+        h, delta = self.embed(batch.token_ids.to(self.embedding.device), bank, batch.loras), None
+        for layer, pools in zip(self.layers, map(cache.__getitem__, range(len(self.layers))), strict=True):
+            h, delta = h.to(layer.device), None if delta is None else delta.to(layer.device)
+            h, delta = layer.forward(h, delta, steps[layer.device], *pools)
+        rows = batch.logit_rows.to(h.device)
+        delta = None if delta is None else delta[rows]
+        uses = batch.logit_loras() if bank and bank.touches(HEAD, batch.loras) else ()
+        return self.project(h[rows], delta, bank, uses)
 
-    def _widen(self, h: Tensor) -> Tensor:
-        """The residual stream's beginning (see Architecture.gemma); the factor is rounded as transformers does."""
+    def embed(self, token_ids: Tensor, bank: Bank | None = None, loras: tuple[LoraRows, ...] = ()) -> Tensor:
+        """The residual stream's beginning, [T, hidden], of int64 [T] on the embedding's device (see
+        Architecture.gemma; the factor is rounded as transformers does), with what the slots do to it."""
+        h = functional.embedding(token_ids, self.embedding)
+        h = bank.embed(EMBED, token_ids, h, loras) if bank and loras else h
         if not self.config.architecture.gemma:
             return h
         return h.float() * float(torch.tensor(self.config.hidden_size**0.5, dtype=self.dtype))
 
-    def _embed(self, batch: Batch, bank: Bank | None) -> Tensor:
-        """The embedding's rows of the tokens, [T, hidden], with what the slots do to them."""
-        token_ids = batch.token_ids.to(self.embedding.device)
-        h = functional.embedding(token_ids, self.embedding)
-        return bank.embed(EMBED, token_ids, h, batch.loras) if bank and batch.loras else h
-
-    def _project(self, h: Tensor, batch: Batch, bank: Bank | None) -> Tensor:
-        """The head's output, [L, vocab], with what the slots do to it."""
+    def project(
+        self, h: Tensor, delta: Tensor | None, bank: Bank | None = None, loras: tuple[LoraRows, ...] = ()
+    ) -> Tensor:
+        """Logits [L, vocab], in the model's dtype or in float32, of the last layer's h and delta [L, hidden]."""
         assert self.head is not None
-        y = self.head(h)
-        uses = batch.logit_loras() if bank and bank.touches(HEAD, batch.loras) else ()
-        return bank.apply(HEAD, h, y, bank.prepare(uses, h.device)) if bank and uses else y
+        h = h.to(self.norm.device)
+        if delta is None:
+            h = rms_norm(h, self.norm, self.config.norm_eps, self.dtype)
+        else:
+            _, h = add_norm(delta.to(h.device), h, self.norm, self.config.norm_eps, self.dtype)
+        logits, cap = self.head(h), self.config.logit_cap
+        if bank and loras:
+            logits = bank.apply(HEAD, h, logits, bank.prepare(loras, h.device))
+        return (logits.float() / cap).tanh() * cap if cap else logits
+
+    @property
+    def stages(self) -> list[Stage]:
+        """What a token passes in order: layers of one device each, the embedding and the head where they are."""
+        places = [(self.embedding.device, []), *((layer.device, [i]) for i, layer in enumerate(self.layers))]
+        stages: list[Stage] = []
+        for device, layers in [*places, (self.norm.device, [])]:
+            if stages and stages[-1].device == device:
+                stages[-1].layers.extend(layers)
+            else:
+                stages.append(Stage(device, list(layers)))
+        return stages
 
     def _steps(self, batch: Batch, bank: Bank | None) -> dict[torch.device, Step]:
         windows = self.config.windows
@@ -180,7 +207,7 @@ class Model:
         if pairs:
             bank, use = pairs[0][0].resident(self, pairs, rows)
             used = (use,)
-        return self.forward(Batch(ids, rows, torch.zeros_like(rows), pages, rows, used), cache, bank).cpu()
+        return self.forward(Batch(ids, rows, torch.zeros_like(rows), pages, rows, used), cache, bank).float().cpu()
 
 
 def head_shape(config: ModelConfig) -> Shape:
