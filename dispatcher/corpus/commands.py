@@ -186,7 +186,7 @@ def plan(source: str, redis_url: str, prefix: str, **options: Any) -> None:
             faults[request.fault] = faults.get(request.fault, 0) + 1
         else:
             adapters[request.adapter] = adapters.get(request.adapter, 0) + 1
-            characters += len(str(request.fields.get("prompt") or request.fields.get("messages") or ""))
+            characters += len(request.prompt)
     most = made.sample.max_tokens or 256
     click.echo(f"{texts:,} texts, {characters:,} characters of prompts, at most {texts * most:,} new tokens")
     for name, count in sorted(adapters.items()):

@@ -15,6 +15,15 @@ from .ledger import Ledger
 from .shards import Shards
 from .spec import Corpus, build
 
+CARD = """---
+configs:
+- config_name: default
+  data_files: data/part-*
+---
+Texts made by `lorayard corpus`; report.md says how many, and by which adapters.
+"""
+"""Tells Hugging Face datasets to leave the rejected texts alone."""
+
 
 class ForeignFolder(LorayardError):
     """The folder belongs to another corpus, or its adapters have changed since."""
@@ -46,6 +55,8 @@ class Folder:
         fingerprint = corpus.fingerprint(base_digest)
         try:
             path.mkdir(parents=True, exist_ok=True)
+            if not (path / "README.md").exists():
+                (path / "README.md").write_text(CARD)
         except OSError as error:
             raise FileError(f"{path} cannot be made: {error.strerror}") from None
         ledger = Ledger(path / "ledger.sqlite")

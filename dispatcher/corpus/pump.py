@@ -23,7 +23,7 @@ from ..answers import SINK, Collecting, Event
 from .folder import Folder, ForeignFolder
 from .gates import gates
 from .ledger import DONE, FAILED, REJECTED, Ended
-from .request import Maker, Request
+from .request import Maker, Request, in_order
 from .shards import fitted
 from .source import Row
 
@@ -37,9 +37,6 @@ LOOK_S = 0.5
 """Between two looks for such jobs."""
 AWAY_S = 0.5
 BUSY_S = 1.0
-AHEAD = 4096
-"""Texts put into an order that keeps adapters, and prompts with the same beginning, together."""
-PREFIX = 256
 
 
 @dataclass(slots=True)
@@ -76,7 +73,7 @@ class Pump:
         self.counts = Counts()
         self.out: dict[int, _Sent] = {}
         self.away = ""
-        self._texts = self._in_order(rows)
+        self._texts = in_order(map(self._fitted, itertools.chain.from_iterable(map(maker.requests, rows))))
         self._exhausted = False
         self._gates = gates(folder.corpus.accept)
         self._results = keys.results(folder.batch)
@@ -123,13 +120,6 @@ class Pump:
             for position in self.out:
                 pipe.xadd(self.keys.control, {"op": "cancel", "id": self._id(position)})
             pipe.execute()
-
-    def _in_order(self, rows: Iterator[Row]) -> Iterator[Request]:
-        """All texts of the rows, those near each other sorted by adapter and beginning of the prompt."""
-        texts = map(self._fitted, itertools.chain.from_iterable(map(self.maker.requests, rows)))
-        while ahead := list(itertools.islice(texts, AHEAD)):
-            ahead.sort(key=lambda one: (one.adapter, _beginning(one)))
-            yield from ahead
 
     def _fitted(self, request: Request) -> Request:
         """With its columns as they go into a shard, or with the fault that they do not."""
@@ -300,8 +290,3 @@ class Pump:
         self._rows: list[dict[str, Any]] = []
         self._turned_down: list[dict[str, Any]] = []
         self._answered: list[tuple[Any, str]] = []
-
-
-def _beginning(request: Request) -> str:
-    """Where prompts with pages in common sort together."""
-    return str(request.fields.get("prompt") or request.fields.get("messages") or "")[:PREFIX]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,8 @@ SORTED = json.JSONEncoder(separators=(",", ":"), sort_keys=True, default=str)
 """Made once: `json.dumps` with options makes an encoder a call."""
 HOLE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 parsed = functools.lru_cache(1024)(LoraSet.parse)
+AHEAD, PREFIX = 4096, 256
+"""Texts that are sorted at once, by so many characters."""
 SAMPLING = (
     "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty",
     "presence_penalty", "add_bos",
@@ -43,6 +46,11 @@ class Request(NamedTuple):
     seed: int
     fields: Mapping[str, Any]
     fault: str = ""
+
+    @property
+    def prompt(self) -> str:
+        """The prompt, or chat messages as JSON, or neither."""
+        return str(self.fields.get("prompt") or self.fields.get("messages") or "")
 
 
 @dataclass(frozen=True)
@@ -83,9 +91,9 @@ class Maker:
         bound = {"adapter_digest": "+".join(self.adapters[one] for one in ids)} if ids else {}
         body = SORTED.encode([name, row.columns, adapter, fields])
         for sample in range(n):
-            key = _key(body, sample)
+            key = _key(body, sample)  # the seed has 63 bits, because readers of JSON make a double of more
             asked = fields.get("seed")
-            drawn = int(_key(self.corpus.sample.seed, key)[:16], 16) if asked is None else asked + sample
+            drawn = int(_key(self.corpus.sample.seed, key)[:16], 16) >> 1 if asked is None else asked + sample
             sent = {**self.static, **fields, **bound, "seed": drawn}  # type: ignore[attr-defined]
             yield Request(row.position * n + sample, str(name), key, sample, row.columns, adapter, drawn, sent)
 
@@ -137,6 +145,13 @@ class Maker:
             if value:
                 return {name: value if isinstance(value, str) else json.dumps(value)}
         raise BadRow("no prompt: there is neither a template nor a column prompt or messages")
+
+
+def in_order(texts: Iterator[Request]) -> Iterator[Request]:
+    """Those near each other sorted by adapter and beginning of the prompt, so that slots and pages serve many."""
+    while ahead := list(itertools.islice(texts, AHEAD)):
+        ahead.sort(key=lambda one: (one.adapter, one.prompt[:PREFIX]))
+        yield from ahead
 
 
 def template(text: str) -> Callable[[Mapping[str, Any]], str]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pyarrow.parquet
 import pytest
 
@@ -218,6 +219,35 @@ def test_a_cancelled_corpus_goes_on(empty_yard: LiveYard, tmp_path: Path) -> Non
     whole(tmp_path / "out", 20)
 
 
+def closed(**properties: Any) -> dict[str, Any]:
+    """Schema of an object that has these properties and no others."""
+    return {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+
+
+WORD, COUNT, NULL = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "null"}
+ENDS: dict[str, Any] = {"index": COUNT, "finish_reason": {"enum": ["stop", "length"]}, "logprobs": NULL}
+MESSAGE = closed(role={"const": "assistant"}, content=WORD, refusal=NULL)
+
+
+def completion(kind: str, **text: Any) -> dict[str, Any]:
+    return closed(
+        id=WORD, object={"const": kind}, created=COUNT, model=WORD,
+        choices={"type": "array", "minItems": 1, "items": closed(**ENDS, **text)},
+        usage=closed(prompt_tokens=COUNT, completion_tokens=COUNT, total_tokens=COUNT),
+    )  # fmt: skip
+
+
+BODY = {"oneOf": [completion("chat.completion", message=MESSAGE), completion("text_completion", text=WORD)]}
+RESPONSE = closed(status_code={"const": 200}, request_id=WORD, body=BODY)
+OPENAI_LINE = {
+    "oneOf": [
+        closed(id=WORD, custom_id=WORD, response=RESPONSE, error=NULL),
+        closed(id=WORD, custom_id=WORD, response=NULL, error=closed(code=WORD, message=WORD)),
+    ]
+}
+"""BatchRequestOutput of OpenAI's OpenAPI description, its nullable fields spelled out."""
+
+
 def test_openai_batch_files_as_they_are(yard: LiveYard, tmp_path: Path) -> None:
     chat = {"model": "a", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5, "temperature": 0}
     bodies = [
@@ -240,6 +270,8 @@ def test_openai_batch_files_as_they_are(yard: LiveYard, tmp_path: Path) -> None:
     )
     answers = {line["custom_id"]: line for line in said(tmp_path / "o.jsonl")}
     assert answers.keys() == {"c0", "c1", "c2", "c3"}
+    for line in answers.values():
+        jsonschema.validate(line, OPENAI_LINE)
     assert answers["c0"]["response"]["body"]["choices"][0]["message"]["content"].startswith("echo")
     assert [answers[f"c{at}"]["response"]["body"]["model"] for at in (0, 1, 3)] == ["a", "base", "b*0.5"]
     assert answers["c2"]["response"] is None and "body.tools" in answers["c2"]["error"]["message"]
