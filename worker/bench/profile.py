@@ -32,7 +32,7 @@ def profile_steps(engine: Engine, row: Row) -> list[dict[str, float | str]]:
     while len(begun) < min(row.sequences, engine.max_batch):
         begun |= {event.handle for event in generator.iterate()}
     step = _us(engine, generator)
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as found:
         _us(engine, generator)
     kernels = _kernels(found, step)
     busy = sum(float(line["us"]) for line in kernels)
@@ -56,7 +56,8 @@ def _kernels(found: profile, step: float) -> list[dict[str, float | str]]:
     times = defaultdict[str, list[float]](list)
     for event in found.events() or ():
         if event.device_type == DeviceType.CUDA:
-            times[event.name[:NAME]].append(event.time_range.elapsed_us())
+            name = event.name.removeprefix("void ").replace("at::native::", "")[:NAME]
+            times[name].append(event.time_range.elapsed_us())
     lines: list[dict[str, float | str]] = [
         {"kernel": name, "calls": len(each) / STEPS, "us": sum(each) / STEPS, "share": sum(each) / STEPS / step}
         for name, each in times.items()

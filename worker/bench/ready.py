@@ -35,12 +35,17 @@ def main(model: str, devices: str, cache_dtype: str, begin: float) -> None:
     def mark(name: str) -> None:
         marks[f"{name}_ms"] = 1e3 * (time.time() - begin - sum(marks.values()) / 1e3)
 
+    import torch
+
     from .. import Cache, Generator, Model, ModelConfig, Tokenizer
     from ..models.model import checkpoint
 
     names: tuple[Any, ...] = Cache, Generator, Model, ModelConfig, Tokenizer
     mark("import")
     assert all(names)
+    if devices != "cpu" and torch.cuda.is_available():
+        torch.zeros(1, device="cuda")
+        mark("context")
     tokenizer = Tokenizer.from_directory(model)
     mark("tokenizer")
     config = ModelConfig.from_directory(model)
