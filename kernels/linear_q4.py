@@ -1,4 +1,4 @@
-"""y = x W + b with the weights of q4.py: up to 16 tokens by q4_decode, to 256 by q4_mid, more by cuBLAS."""
+"""y = x W + b with the weights of q4.py: up to 8 tokens by q4_decode, to 256 by q4_mid, more by cuBLAS."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .arranged import Arranged, Partial, arrange, new_image
 from .launch import Kernel, Launch, launch, require, usable
 from .q4 import BLOCK, Q4, STEP, dequantise
 
-FEW, MANY, BLOCKWISE = 16, 256, 128
+FEW, MANY, BLOCKWISE = 8, 256, 128
 """Tokens of the largest batch of q4_decode, of q4_mid, and of q4_decode where q4_mid cannot run."""
 SHARED = {1: 231936, 2: 115200, 3: 76288}
 """Bytes of shared memory that each of so many blocks of a multiprocessor can have."""
@@ -20,7 +20,7 @@ SHARED = {1: 231936, 2: 115200, 3: 76288}
 def linear_q4(x: Tensor | Arranged, q4: Q4, bias: Tensor | None) -> Tensor:
     """x [T, K], bias [N] -> [T, N]. To 256 tokens of fp16 the weights are read as they are stored.
 
-    A row's bits do not depend on the others within a family: to 16 tokens, to 256, more.
+    A row's bits do not depend on the others within a family: to 8 tokens, to 128, to 256, more.
     """
     if takes_arranged(x, q4):
         y = linear_q4_parts(x, q4, bias)
@@ -107,8 +107,8 @@ def _decode_shape(q4: Q4) -> DecodeShape:
     """As measured on an H200: as many blocks as fill it, and the rest of the work shared by warps."""
     rows = len(q4.factors)
     if rows > 8192:
-        return DecodeShape(2, 4, 2, 4)
-    return DecodeShape(2, 8, 2, 2) if rows > 4096 else DecodeShape(2, 16, 1, 1)
+        return DecodeShape(4, 4, 1, 4)
+    return DecodeShape(2, 8, 2, 2) if rows > 4096 else DecodeShape(2, 16, 2, 1)
 
 
 class MidShape(NamedTuple):
@@ -125,7 +125,7 @@ def mid(
 ) -> tuple[list[Launch], Tensor | Partial]:
     """The launches of q4_mid, before it q4_arrange where x is not arranged as q4 wants it, and what they write.
 
-    The bits of a row are the same for any number of tokens: the parts of K hang on the weights alone.
+    The bits of a row are the same for any number of tokens of a family: the parts of K hang on the weights alone.
     """
     rows, image = (x, None) if isinstance(x, Tensor) else (x.rows, x.image)
     y = rows.new_empty(len(rows), q4.outputs)
@@ -151,17 +151,15 @@ def mid(
 
 
 def _mid_shape(q4: Q4, tokens: int) -> MidShape:
-    """As measured on an H200; `splits` must not hang on the tokens."""
+    """As measured on an H200; to 128 tokens, and above, `splits` must not hang on the tokens."""
     blocks, steps = q4.weights.shape[:2]
-    few = next(n for n in (16, 32, 64) if n >= min(tokens, 64))
+    tile = next(n for n in (16, 32, 64, 128) if n >= min(tokens, 128))
     pairs = 2 - blocks % 2
     if blocks >= 256 or steps < 8:
-        return MidShape(pairs, few, 1, 2)
-    if steps >= 64:
-        return MidShape(pairs, few, 8, 2)
-    if tokens > 64 and blocks <= 64:
-        return MidShape(pairs, 128, 4, 1)
-    return MidShape(1, 128 if tokens > 64 else few, 4, 3)
+        return MidShape(pairs, 64, 1, 2) if tokens > 128 else MidShape(pairs, tile, 1, 1 if tile == 128 else 2)
+    if blocks > 64:
+        return MidShape(1, tile, 2 if tokens > 128 else 4, 3)
+    return MidShape(1, tile, 4, 3) if tile == 16 else MidShape(pairs, tile, 4, 1)
 
 
 def _stages(blocks: int, stage: int, rest: int) -> tuple[int, int]:
