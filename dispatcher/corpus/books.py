@@ -17,6 +17,7 @@ from typing import IO, Any
 from lorayard.shared.errors import FileError, UsageError
 
 from . import openai
+from .dedupe import distinct
 from .folder import Folder
 from .ledger import DONE, FAILED
 from .shards import VARYING, write_parquet
@@ -66,19 +67,23 @@ def _compare(name: str, rows: int, found: list[str], listed: set[str]) -> Iterat
         yield f"shard {name} holds {len(set(found) ^ listed)} row keys that are not those of the ledger"
 
 
-def export(folder: Folder, kind: str, path: Path, canonical: bool) -> int:
-    """Write all texts into one file that appears whole; -> its rows.
+def export(folder: Folder, kind: str, path: Path, canonical: bool = False, dedupe: str = "") -> tuple[int, int]:
+    """Write all texts into one file that appears whole; -> (its rows, duplicates left out).
 
     In the order of the input, or canonical: by row key, without the columns that another run may fill otherwise.
-    Raises FileError, UsageError.
+    dedupe: as `distinct` takes it; of duplicates the first in that order stays. Raises FileError, UsageError.
     """
+    if kind == "openai" and dedupe:
+        raise UsageError("--to openai answers every request, so --dedupe cannot leave one out")
     if kind == "openai" and not {"custom_id", "url"} <= folder.types.keys():
         raise UsageError("--to openai is for a corpus whose input is an OpenAI batch file")
     temporary = path.with_name(f".{path.name}.tmp")
-    varying = VARYING if canonical else ()
+    varying, removed = VARYING if canonical else (), list[str]()
     try:
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            rows = _sorted(folder, Path(scratch) / "rows", canonical)
+            rows: Iterable[Mapping[str, Any]] = _sorted(folder, Path(scratch) / "rows", canonical)
+            if dedupe:
+                rows = distinct(rows, dedupe, removed)
             kept = ({name: value for name, value in row.items() if name not in varying} for row in rows)
             if kind == "parquet":
                 columns = {name: form for name, form in folder.accepted.columns.items() if name not in varying}
@@ -90,7 +95,7 @@ def export(folder: Folder, kind: str, path: Path, canonical: bool) -> int:
     except (OSError, sqlite3.Error) as error:
         temporary.unlink(missing_ok=True)
         raise FileError(f"{path} cannot be written: {error}") from None
-    return count
+    return count, len(removed)
 
 
 def _sorted(folder: Folder, scratch: Path, canonical: bool) -> Iterator[dict[str, Any]]:

@@ -250,10 +250,12 @@ def verify(folder: Path) -> int:
 @click.option("--to", "kind", type=click.Choice(books.KINDS), default="jsonl", show_default=True)
 @click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="The file to write.")
 @click.option("--canonical", is_flag=True, help="By row key, without what another run may fill otherwise.")
-def export(folder: Path, kind: str, out: Path, canonical: bool) -> None:
+@click.option("--dedupe", metavar="HOW", default="", help="Leave out duplicates: exact, or minhash:0.9 for near ones.")
+def export(folder: Path, kind: str, out: Path, canonical: bool, dedupe: str) -> None:
     """Write all texts into one file, in the order of the input."""
-    opened = Folder.open(folder)
-    click.echo(f"{books.export(opened, kind, out, canonical):,} texts in {out}", err=True)
+    texts, duplicates = books.export(Folder.open(folder), kind, out, canonical, dedupe)
+    left_out = f", {duplicates:,} duplicates left out" if dedupe else ""
+    click.echo(f"{texts:,} texts in {out}{left_out}", err=True)
 
 
 @corpus.command(context_settings=HELP)
