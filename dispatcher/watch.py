@@ -1,17 +1,14 @@
-"""The commands that look at a yard: info, top, adapters. They only read."""
+"""The commands that look at a yard: info and adapters, and the tables of `top`. They only read."""
 
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import click
 from rich import box
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -28,11 +25,6 @@ PIPED_WIDTH = 160
 """Columns of a table that goes into a file or a pipe."""
 
 STYLES = {"ready": "green", "loading": "yellow", "draining": "yellow", "silent": "bold red", "no worker": "dim"}
-TOP_EXAMPLES = """\b
-Examples:
-  lorayard top
-  lorayard top --once
-  lorayard top | grep '^gpu'"""
 
 
 def show_yard(redis_url: str, prefix: str) -> None:
@@ -49,7 +41,7 @@ def show_yard(redis_url: str, prefix: str) -> None:
         *((f"{cls} jobs", str(yard.depth[cls])) for cls in CLASSES),
         ("refused entries", str(yard.refused)),
     ]
-    console().print(table(("yard", display(redis_url)), rows), *_tables(yard))
+    console().print(table(("yard", display(redis_url)), rows), *tables(yard))
 
 
 @click.command(epilog="Example: LORAYARD_REDIS_URL=redis://127.0.0.1:6390/0 lorayard adapters", context_settings=HELP)
@@ -71,93 +63,48 @@ def adapters(redis_url: str, prefix: str) -> None:
     console().print(table(("adapter", "rank", "bytes", "digest", "hosts"), rows, right={1, 2}))
 
 
-@click.command(epilog=TOP_EXAMPLES, context_settings=HELP)
-@click.option("--once", is_flag=True, help="Show it once and end.")
-@click.option(
-    "--every",
-    type=click.FloatRange(0.1),
-    default=1.0,
-    show_default=True,
-    metavar="S",
-    help="Seconds between two looks.",
-)
-@redis_options
-def top(once: bool, every: float, redis_url: str, prefix: str) -> None:
-    """Watch a yard: each GPU with its queue, speed and slots, and the lanes where jobs wait, until Ctrl-C.
-
-    Into a file or a pipe it writes plain lines, a block for each look. It only reads.
-    """
-    redis, keys, screen = connect(redis_url), Keys(prefix), console()
-    title = display(redis_url)
-
-    def looks() -> Iterator[Snapshot]:
-        yield look(redis, keys)
-        while not once:
-            time.sleep(every)
-            yield look(redis, keys)
-
-    with suppress(KeyboardInterrupt):
-        if not screen.is_terminal:
-            for yard in looks():
-                click.echo("\n".join(lines(yard, title)))
-                sys.stdout.flush()
-        elif once:
-            screen.print(_view(look(redis, keys), title))
-        else:
-            with Live(console=screen, screen=True, auto_refresh=False) as live:
-                for yard in looks():
-                    live.update(_view(yard, title), refresh=True)
-
-
-def lines(yard: Snapshot, title: str) -> Iterator[str]:
-    """A snapshot as words: one line for the yard, for each GPU and for each lane."""
-    depth = " ".join(f"{cls} {yard.depth[cls]}" for cls in CLASSES)
-    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(yard.time_ms / 1000))
-    yield (
-        f"yard {title} at {at} {depth} unread {yard.unread} refused {yard.refused} lanes {yard.lanes_in_all} "
-        f"memory {yard.memory}"
-    )
-    for gpu in yard.gpus:
-        slots = " ".join(
-            f"{one.combination}:{one.jobs}{'' if one.state == 'open' else f':{one.state}'}" for one in gpu.slots
-        )
-        yield (
-            f"gpu {gpu.name} {gpu.state.replace(' ', '-')} queued {gpu.queued} running {gpu.running}/{gpu.seats} "
-            f"tokens/s {gpu.tokens_per_s:.1f} swaps {gpu.swaps} slots {slots or '-'}"
-        )
-    for lane in yard.lanes:
-        yield f"lane {lane.name} jobs {lane.jobs} oldest {lane.age_s:.1f}s"
-
-
-def _view(yard: Snapshot, title: str) -> Group:
-    """A snapshot for a terminal."""
-    at = time.strftime("%H:%M:%S", time.gmtime(yard.time_ms / 1000))
-    words = Text.assemble(
-        (clean(yard.info.get("model", "no model yet")), "bold"), f"  {title}  {at} UTC\n",
-        "  ".join(f"{cls} {yard.depth[cls]:,}" for cls in CLASSES),
-        f"  unread {yard.unread:,}  refused {yard.refused:,}  adapters {yard.adapters:,}  Redis {_memory(yard)}",
-    )  # fmt: skip
-    return Group(words, Text(), *_tables(yard))
-
-
-def _tables(yard: Snapshot) -> Iterator[RenderableType]:
+def tables(yard: Snapshot, chosen: str = "") -> Iterator[RenderableType]:
     """The GPUs, and the lanes if any wait."""
+    sensors = any("vram_total" in gpu.figures for gpu in yard.gpus)
     if yard.gpus:
-        header = ("gpu", "state", "queued", "running", "tokens/s", "swaps", "slots")
-        yield table(header, map(_gpu_row, yard.gpus), right={2, 3, 4, 5})
+        header = ("gpu", "state", "queued", "running", "tokens/s", "in/s", "wait p50/95/99", "swaps", "failed", "beat",
+                  *(("memory", "use", "heat", "power") if sensors else ()), "slots")  # fmt: skip
+        rows = [_gpu_row(gpu, sensors) for gpu in yard.gpus]
+        yield table(header, rows, range(2, len(header) - 1), [gpu.name == chosen for gpu in yard.gpus])
     if yard.lanes:
-        rows = [(lane.name, f"{lane.jobs:,}", f"{lane.age_s:.1f} s") for lane in yard.lanes]
-        yield table(("waiting lane", "jobs", "oldest"), rows, right={1, 2})
+        lanes = [(lane.name, f"{lane.jobs:,}", f"{lane.age_s:.1f} s") for lane in yard.lanes]
+        yield table(("waiting lane", "jobs", "oldest"), lanes, {1, 2}, [lane.name == chosen for lane in yard.lanes])
     if yard.lanes_in_all > len(yard.lanes):
         yield Text(f"and {yard.lanes_in_all - len(yard.lanes):,} lanes with younger jobs")
 
 
-def _gpu_row(gpu: GpuSeen) -> tuple[str | Text, ...]:
+def _gpu_row(gpu: GpuSeen, sensors: bool) -> tuple[str | Text, ...]:
     slots = Text("\n").join(map(_slot, gpu.slots)) if gpu.slots else Text("-", "dim")
+    said = gpu.figures
+    hardware = (
+        f"{said.get('vram_used', 0) / 2**30:.1f}/{said.get('vram_total', 0) / 2**30:.0f} GiB",
+        figure(gpu, "util_percent", " %"), figure(gpu, "temperature_c", " °C"), figure(gpu, "power_w", " W"),
+    )  # fmt: skip
     return (
         gpu.name, Text(gpu.state, STYLES.get(gpu.state, "")), str(gpu.queued), f"{gpu.running}/{gpu.seats}",
-        f"{gpu.tokens_per_s:,.1f}", f"{gpu.swaps:,}", slots,
+        f"{gpu.tokens_per_s:,.1f}", figure(gpu, "prompt_tokens_per_s"), waits(gpu), f"{gpu.swaps:,}",
+        f"{failures(gpu):,}", f"{gpu.beat_age_s:.1f} s", *(hardware if sensors else ()), slots,
     )  # fmt: skip
+
+
+def figure(gpu: GpuSeen, name: str, unit: str = "") -> str:
+    """A figure without decimals, `-` if the worker does not say it."""
+    return f"{gpu.figures[name]:,.0f}{unit}" if name in gpu.figures else "-"
+
+
+def waits(gpu: GpuSeen) -> str:
+    """Percentiles of the waits in ms."""
+    return "/".join(figure(gpu, f"wait_p{part}_ms") for part in (50, 95, 99))
+
+
+def failures(gpu: GpuSeen) -> int:
+    """Jobs that failed on a GPU, or whose lease was lost there."""
+    return int(gpu.figures.get("jobs_failed", 0) + gpu.figures.get("jobs_lost", 0))
 
 
 def _slot(slot: SlotSeen) -> Text:
@@ -168,7 +115,7 @@ def _slot(slot: SlotSeen) -> Text:
     )
 
 
-def _memory(yard: Snapshot) -> str:
+def memory(yard: Snapshot) -> str:
     if yard.memory < 0:
         return "does not say its memory"
     limit = f" of {yard.memory_limit / 2**20:,.0f} MiB" if yard.memory_limit else ""
@@ -181,12 +128,14 @@ def console() -> Console:
 
 
 def table(
-    header: tuple[str, ...], rows: Iterable[tuple[str | Text, ...]], right: Iterable[int] = ()
+    header: tuple[str, ...], rows: Iterable[tuple[str | Text, ...]], right: Iterable[int] = (),
+    chosen: Sequence[bool] = (),
 ) -> Table:  # fmt: skip
-    """A table of texts, which are shown as they are. right: columns of numbers."""
+    """A table of texts, which are shown as they are. right: columns of numbers; chosen: which rows are."""
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for at, name in enumerate(header):
         made.add_column(name, justify="right" if at in right else "left", overflow="fold")
-    for row in rows:
-        made.add_row(*(cell if isinstance(cell, Text) else Text(clean(cell)) for cell in row))
+    for at, row in enumerate(rows):
+        style = "reverse" if at < len(chosen) and chosen[at] else ""
+        made.add_row(*(cell if isinstance(cell, Text) else Text(clean(cell)) for cell in row), style=style)
     return made

@@ -19,7 +19,7 @@ COMMANDS = {
     "generate": ("lorayard.worker.generate.command:generate", "Answer a prompt with the engine alone, without Redis."),
     "cancel": ("lorayard.dispatcher.commands:cancel", "End jobs that wait or run."),
     "info": ("lorayard.shared.info:info", "Show the yard, or what a model would take of each device."),
-    "top": ("lorayard.dispatcher.watch:top", "Watch the yard, refreshed every second."),
+    "top": ("lorayard.dispatcher.top:top", "Watch the yard, refreshed every second."),
     "monitor": ("lorayard.dispatcher.monitor.command:monitor", "Serve a web page of the yard, and /metrics."),
     "adapters": ("lorayard.shared.cli:adapters", "List the adapters that jobs may name, or check an adapter's folder."),
     "corpus": ("lorayard.dispatcher.corpus.commands:corpus", "Generate a text for every row of a file, each once."),

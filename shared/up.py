@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import tempfile
 import time
 from contextlib import ExitStack, suppress
@@ -15,11 +16,12 @@ import click
 from .cli import Decorated, prefix_option
 from .connect import connect, display
 from .embedded import EmbeddedRedis
-from .errors import UsageError
+from .errors import LorayardError, UsageError
 from .keys import Keys
 from .yard import Yard
 
 WATCH_S = 0.25
+MONITOR_PORT = 9180
 SHOW_SLOTS = 2
 """Fewer than the demo has adapters, so that the tour shows a swap."""
 
@@ -63,6 +65,8 @@ def worker_options(function: Decorated) -> Decorated:
 @click.option("--redis", "redis_url", metavar="URL", help="Use this Redis; else one is started here.")
 @click.option("--redis-port", type=click.IntRange(1, 65535), help="Let the started Redis listen on 127.0.0.1 too.")
 @click.option("--data", type=click.Path(file_okay=False), help="Folder for the started Redis and the logs; kept.")
+@click.option("--monitor/--no-monitor", default=True, show_default=True, help="Serve the web page and /metrics here.")
+@click.option("--monitor-port", type=click.IntRange(1, 65535), help="Its port.  [default: 9180, else one that is free]")
 @prefix_option
 @worker_options
 def up(
@@ -73,6 +77,8 @@ def up(
     redis_url: str | None,
     redis_port: int | None,
     data: str | None,
+    monitor: bool,
+    monitor_port: int | None,
     prefix: str,
     **worker: Any,
 ) -> None:
@@ -95,7 +101,9 @@ def up(
         embedded = None if redis_url else cleanup.enter_context(EmbeddedRedis(folder, port=redis_port or 0))
         url = embedded.url if embedded else str(redis_url)
         redis = connect(url, decode_responses=True, encoding_errors="replace")
-        yard = Yard(redis, url, Keys(prefix), folder, arguments)
+        yard = Yard(
+            redis, url, Keys(prefix), folder, arguments, monitor_port or _free_port() if monitor and not show else 0
+        )
         cleanup.callback(yard.stop)
         click.echo("opening the yard: Redis runs, the model is being loaded")
         yard.start()
@@ -131,6 +139,16 @@ def _worker_arguments(
         if value is not None:
             arguments += [f"--{name.replace('_', '-')}", str(value)]
     return arguments
+
+
+def _free_port() -> int:
+    """The monitor's own port of this host, or any other that is free."""
+    for port in (MONITOR_PORT, 0):
+        with socket.socket() as probe, suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return int(probe.getsockname()[1])
+    raise LorayardError("no port is free for the monitor; --no-monitor does without it")
 
 
 def _redis_cli(embedded: EmbeddedRedis | None, url: str) -> str:

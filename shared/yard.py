@@ -38,14 +38,20 @@ class Yard:
     """A dispatcher and a worker's supervisor as children that are started again when they die.
 
     `redis` decodes its replies. `worker`: the arguments of `lorayard worker`. `logs`: a folder for what both print.
+    `monitor_port`: where a third child serves the page, 0 for none.
     The address goes to the children by environment, since everybody may read an argument.
     """
 
-    def __init__(self, redis: Redis, url: str, keys: Keys, logs: Path, worker: Sequence[str]) -> None:
+    def __init__(
+        self, redis: Redis, url: str, keys: Keys, logs: Path, worker: Sequence[str], monitor_port: int = 0
+    ) -> None:  # fmt: skip
         self.redis = cast(Any, redis)  # its types leave open whether replies are decoded
         self.keys, self._logs = keys, logs
         self._env = os.environ | {"LORAYARD_REDIS_URL": url, "LORAYARD_PREFIX": keys.prefix}
         self._argv = {"dispatcher": ["dispatcher"], "worker": ["worker", *worker]}
+        self._monitor = f"http://127.0.0.1:{monitor_port}" if monitor_port else ""
+        if monitor_port:
+            self._argv["monitor"] = ["monitor", "--port", str(monitor_port)]
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
@@ -98,6 +104,7 @@ class Yard:
                 ("worker", f"{gpu}: {fields.get('slots')} slots, {fields.get('seats')} jobs at once")
                 for gpu, fields in self.ready_gpus().items()
             ),
+            *([("monitor", self._monitor)] if self._monitor else []),
             ("logs", f"{self._logs}/*.log"),
         ]
         table = "\n".join(f"  {name:<9} {value}" for name, value in rows)

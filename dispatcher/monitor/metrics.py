@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -19,7 +19,7 @@ from ..snapshot import GpuSeen, Snapshot
 MOST_ADAPTERS = 20
 """Lanes, and slots over all GPUs, that have a series: those with the oldest heads, and with the most jobs."""
 
-GAUGES = {
+GAUGES: Mapping[str, tuple[str, Callable[[GpuSeen], float]]] = {
     "jobs_queued": ("Jobs in the queue of a GPU.", lambda gpu: gpu.queued),
     "jobs_running": ("Jobs in flight on a GPU.", lambda gpu: gpu.running),
     "seats": ("Jobs that a GPU runs at once.", lambda gpu: gpu.seats),

@@ -79,12 +79,12 @@ def test_the_page_shows_what_happens(served: Any, browser: Any) -> None:
     assert page.locator("#job").is_hidden()
     yard.halt(worker)
     yard.redis.hset(KEYS.gpu("gpu-h-0"), "beat_ms", 1)
-    page.locator("#health", has_text="1 silent").wait_for()
-    page.locator("#log li", has_text="silent").wait_for()
+    page.locator("#log .bad", has_text="gpu-h-0 ready → ").wait_for()
+    page.locator(".gpu", has_text="ready").wait_for(state="detached")
     yard.redis.delete(KEYS.gpu("gpu-h-0"))
     yard.work(slots=1)
-    page.locator("#health", has_text="live").wait_for()
-    page.locator("#log li", has_text="→ ready").first.wait_for()
+    page.locator("#log .good", has_text=" → ready").first.wait_for()
+    page.locator(".gpu", has_text="ready").wait_for()
     assert "ready" in page.locator("#say").text_content()
     assert faults == [], faults
 

@@ -12,8 +12,10 @@ from typing import Any
 
 import msgpack
 import pytest
+from rich.console import Console
 
 from lorayard.dispatcher.snapshot import clean, look
+from lorayard.dispatcher.top import Top, _keys
 from lorayard.shared.scripts import Scripts
 
 from .conftest import HOLD, LiveYard, command
@@ -88,7 +90,9 @@ def test_top_writes_plain_lines_into_a_pipe_and_disturbs_nothing(yard: LiveYard)
     a = re.escape(combination("a"))
     first, second, third = said.stdout.splitlines()
     assert re.fullmatch(r"yard \S+ at \S+Z urgent 0 normal 4 batch 12 unread 0 refused 1 lanes 1 memory \d+", first)
-    expected = rf"gpu gpu-h-0 ready queued 8 running 4/4 tokens/s 0\.0 swaps 0 slots {a}:12"
+    expected = (
+        rf"gpu gpu-h-0 ready queued 8 running 4/4 tokens/s 0\.0 in/s - wait-ms -/-/- swaps 0 failed 0 slots {a}:12"
+    )
     assert re.fullmatch(expected, second)
     assert re.fullmatch(rf"lane batch:{a} jobs 4 oldest \d+\.\ds", third)
 
@@ -194,3 +198,36 @@ def test_what_cannot_be_sent_again(yard: LiveYard, stream: str, fields: dict[str
     yard.until(yard.dead)
     failed = command(yard, "dead", "resubmit", refused(yard, "bad_field"), "--id", "again")
     assert failed.returncode == 2 and word in failed.stderr and len(yard.dead()) == 1
+
+
+def test_keys_of_top_sort_and_look_into_things(yard: LiveYard) -> None:
+    crowded(yard)
+    yard.redis.sadd(KEYS.gpus, "gpu-h-9")
+    shown = Top(yard.redis, KEYS, "here")
+
+    def said(keys: str = "") -> str:
+        for key in keys:
+            shown.press(key)
+        screen = Console(width=200)
+        with screen.capture() as capture:
+            screen.print(shown.view(look(yard.redis, KEYS)))
+        return capture.get()
+
+    assert said().index("gpu-h-0") < said().index("gpu-h-9")
+    assert said("r").index("gpu-h-9") < said().index("gpu-h-0") and "sorted by name" in said()
+    assert said("rs").index("gpu-h-0") and "sorted by tokens/s" in said()
+    assert "sorted by queued" in said("s") and said().index("gpu-h-0") < said().index("gpu-h-9")
+    inside = said("j\r")
+    assert "gpu-h-0: ready, heartbeat" in inside and combination("a") in inside and "12" in inside
+    lane = said("\x1bjj\r")
+    assert f"batch:{combination('a')}: 4 jobs" in lane and lane.count("\n") > 8
+    assert "a@11111111" in said("\x1b")
+    assert "id of a job: a!_" in said("/a!") and "not known" not in said("\r")
+    assert "nobody is not known" in said("/nobody\r")
+    [refused_one] = yard.dead()
+    assert refused_one["id"] == "a b" and not shown.ended
+    said("q")
+    assert shown.ended
+    assert [_keys(typed) for typed in ("\x1b[A", "\x1b[B", "\x1b", "\x1b[5~", "jj")] == [
+        ["k"], ["j"], ["\x1b"], [], ["j", "j"],
+    ]  # fmt: skip

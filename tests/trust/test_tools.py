@@ -169,7 +169,7 @@ def run_top(url: str) -> str:
     """What `lorayard top --once` says of the GPU, but for the speed, which changes with the next beat."""
     words = [sys.executable, "-m", "lorayard.shared.cli", "top", "--once", "--redis", url]
     told = "".join(line for line in run(*words).splitlines(True) if line.startswith("gpu "))
-    return re.sub(r"tokens/s \S+ ", "", told)
+    return re.sub(r"tokens/s \S+ in/s \S+ wait-ms \S+ ", "", told)
 
 
 class Bomb:
