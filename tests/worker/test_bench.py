@@ -47,6 +47,14 @@ def test_start_load_and_swap_as_a_table(folder, capsys):
         assert words in said
 
 
+def test_a_given_model_runs_whole_workloads_and_the_slots_asked_for(folder, capsys):
+    words = ["--model", str(made(folder, "tiny", "gptq4")), "--devices", "cpu", "--repeats", "1", "--slots", "3"]
+    assert run(["bench", *words, "--loras", "0", "--json", "W1"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["prompt"], found["new"], found["slots"], found["model"]) == (512, 256, 3, "tiny-gptq4")
+    assert found["decode"] > 0
+
+
 @pytest.mark.parametrize("kind", ["gptq4", "bf16", "fp16"])
 def test_a_made_model_is_whole_and_made_once(kind, folder):
     path = made(folder, "tiny", kind)
