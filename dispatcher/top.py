@@ -214,10 +214,16 @@ def _gpu(found: list[GpuSeen], name: str) -> Iterator[RenderableType]:
         return
     [gpu] = found
     yield Text(f"{name}: {gpu.state}, heartbeat {gpu.beat_age_s:.1f} s ago", "bold")
-    rows = [("queued", str(gpu.queued)), ("running", f"{gpu.running} of {gpu.seats}"),
-            ("wait p50/95/99 ms", waits(gpu)), ("tokens/s", f"{gpu.tokens_per_s:,.1f}"), *((word, figure(gpu, word)) for word in gpu.figures)]  # fmt: skip
+    rows = [
+        ("queued", str(gpu.queued)),
+        ("running", f"{gpu.running} of {gpu.seats}"),
+        ("wait p50/95/99 ms", waits(gpu)),
+        ("tokens/s", f"{gpu.tokens_per_s:,.1f}"),
+        *((word, figure(gpu, word)) for word in gpu.figures),
+    ]
     yield table(("figure", "value"), rows, {1})
-    yield table(("slot", "state", "jobs"), [(slot.combination, slot.state, str(slot.jobs)) for slot in gpu.slots], {2})
+    slots = [(slot.combination, slot.state, str(slot.jobs)) for slot in gpu.slots]
+    yield table(("slot", "state", "jobs"), slots, {2})
 
 
 def lines(yard: Snapshot, title: str) -> Iterator[str]:

@@ -6,10 +6,14 @@ import http.client
 import json
 import re
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.parse import quote
+from urllib.request import urlopen
 
 import pytest
 import yaml
@@ -239,3 +243,47 @@ def test_a_taken_port_is_one_sentence(watched: Watched) -> None:
     assert isinstance(watched.server, MonitorServer)
     with pytest.raises(Exception, match=f"cannot listen on 127.0.0.1:{watched.port}"):
         serve(watched.yard.server.url, "yard:", "127.0.0.1", watched.port, "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="no prometheus")
+def test_every_query_of_grafana_and_of_the_alerts_answers(watched: Watched, tmp_path: Path) -> None:
+    """A real Prometheus scrapes a yard, and is asked what the dashboard's panels and the rules ask."""
+    busy(watched.yard)
+    target = f"127.0.0.1:{watched.port}"
+    job = {"job_name": "yard", "scrape_interval": "1s", "static_configs": [{"targets": [target]}]}
+    (tmp_path / "prometheus.yml").write_text(json.dumps({"scrape_configs": [job]}))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = ["prometheus", f"--web.listen-address=127.0.0.1:{port}", f"--storage.tsdb.path={tmp_path / 'data'}"]
+    dashboard = json.loads((DEPLOY / "grafana/lorayard.json").read_text())
+    asked = {target["expr"] for panel in dashboard["panels"] for target in panel["targets"]}
+    rules = yaml.safe_load((DEPLOY / "prometheus/alerts.yml").read_text())["groups"][0]["rules"]
+    [keda] = yaml.safe_load((DEPLOY / "keda/scaledobject.yaml").read_text())["spec"]["triggers"]
+    asked.add(keda["metadata"]["query"])
+
+    def answer(query: str) -> list[Any]:
+        try:
+            url = f"http://127.0.0.1:{port}/api/v1/query?query={quote(query)}"
+            with urlopen(url, timeout=5) as reply:
+                return json.load(reply)["data"]["result"]
+        except HTTPError as error:
+            if error.code == 503:  # it starts
+                return []
+            raise AssertionError(f"{query}: {error.read()!r}") from None
+        except URLError:
+            return []
+
+    with (tmp_path / "log").open("wb") as log:
+        running = subprocess.Popen([*command, f"--config.file={tmp_path / 'prometheus.yml'}"], stdout=log, stderr=log)
+    try:
+        watched.recorder.look()
+        watched.yard.until(lambda: answer("rate(lorayard_generated_tokens_total[1m])"), 40)
+        silent = [query for query in asked if not answer(query)]
+        for rule in rules:
+            answer(rule["expr"])
+    finally:
+        running.terminate()
+        running.wait()
+    assert silent == []
