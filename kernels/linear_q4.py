@@ -90,12 +90,12 @@ class DecodeShape(NamedTuple):
 def decode(x: Tensor, q4: Q4, bias: Tensor | None, y: Tensor, shape: DecodeShape | None = None) -> Launch:
     """The launch of q4_decode for any number of tokens, in blocks of 8 or 16.
 
-    The bits of a row are the same for any number: the shape hangs on the weights alone.
+    The bits of a row are the same for any number: what divides K hangs on the weights alone.
     """
     x = x.contiguous() if q4.order is None else x[:, q4.order]
     _require(x, q4, bias, y)
-    tiles, warps, depth, blocks = shape or _decode_shape(q4)
     columns = 1 if len(x) <= 8 else 2
+    tiles, warps, depth, blocks = shape or _decode_shape(q4, columns)
     macros = {"TILES": tiles, "WARPS": warps, "DEPTH": depth, "BLOCKS": blocks, "COLUMNS": columns} | _format(q4)
     grid = len(q4.factors) // (16 * tiles), -(-len(x) // (8 * columns)), 1
     arguments = *_weights(q4), bias, x, y, len(x), q4.outputs, q4.inputs
@@ -103,12 +103,15 @@ def decode(x: Tensor, q4: Q4, bias: Tensor | None, y: Tensor, shape: DecodeShape
     return Launch(Kernel("q4_decode", tuple(macros.items())), grid, warps * 32, arguments, shared)
 
 
-def _decode_shape(q4: Q4) -> DecodeShape:
-    """As measured on an H200: as many blocks as fill it, and the rest of the work shared by warps."""
+def _decode_shape(q4: Q4, columns: int) -> DecodeShape:
+    """As measured on an H200: as many blocks as fill it, and the rest of the work shared by warps.
+
+    The warps, which divide K, hang on the weights alone; the registers of two columns leave less in flight.
+    """
     rows = len(q4.factors)
     if rows > 8192:
-        return DecodeShape(4, 4, 1, 4)
-    return DecodeShape(2, 8, 2, 2) if rows > 4096 else DecodeShape(2, 16, 2, 1)
+        return DecodeShape(4, 4, 1, 4) if columns == 1 else DecodeShape(2, 4, 2, 4)
+    return DecodeShape(2, 8, 2, 2) if rows > 4096 else DecodeShape(2, 16, 3 - columns, 1)
 
 
 class MidShape(NamedTuple):
