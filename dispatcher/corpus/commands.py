@@ -21,11 +21,11 @@ from lorayard.shared.keys import Keys
 from ..published import Published, read_published
 from . import books, spec
 from .folder import Folder
-from .progress import Bar, Lines
+from .progress import Bar, Lines, Swaps, lasting
 from .pump import Pump
 from .request import Maker
 from .shards import column_types
-from .source import rows, spool
+from .source import count_rows, rows, spool
 
 FIRST_ROWS = 1000
 """Rows that the columns' types are told by."""
@@ -85,7 +85,7 @@ def described(source: str, options: dict[str, Any]) -> spec.Corpus:
     if source.endswith((".yaml", ".yml")):
         made = spec.from_file(Path(source))
     else:
-        made = spec.Corpus(spec.Input(source))
+        made = spec.Corpus(spec.Input(spec.absolute(source, Path())))
     given = {name: value for name, value in options.items() if value is not None}
     sampled = {name: given.pop(name) for name in list(given) if hasattr(made.sample, name)}
     parts: dict[str, Any] = {"sample": replace(made.sample, **sampled)}
@@ -100,18 +100,34 @@ def described(source: str, options: dict[str, Any]) -> spec.Corpus:
     return replace(made, **parts, **given)
 
 
+folder_argument = click.argument("folder", metavar="FOLDER", type=click.Path(path_type=Path))
+json_option = click.option("--json", "as_json", is_flag=True, help="Progress as JSON lines.")
+
+
 @corpus.command(context_settings=HELP)
 @corpus_options
 @click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Folder of the corpus.")
-@click.option("--json", "as_json", is_flag=True, help="Progress as JSON lines.")
+@json_option
 @redis_options
 def run(source: str, out: Path, as_json: bool, redis_url: str, prefix: str, **options: Any) -> int:
     """Make the texts of INPUT: a file of rows (JSON lines, CSV, Parquet, an OpenAI batch file), - or a job file."""
-    redis, keys = connect(redis_url), Keys(prefix)
-    yard, base, digest = _yard(redis, keys)
     made = described(source, options)
     out.mkdir(parents=True, exist_ok=True)
-    made = replace(made, input=spool(made.input, out))
+    return _fill(out, replace(made, input=spool(made.input, out)), as_json, connect(redis_url), Keys(prefix))
+
+
+@corpus.command(context_settings=HELP)
+@folder_argument
+@json_option
+@redis_options
+def resume(folder: Path, as_json: bool, redis_url: str, prefix: str) -> int:
+    """Go on with the run that made FOLDER, with the options that it had."""
+    return _fill(folder, Folder.open(folder).corpus, as_json, connect(redis_url), Keys(prefix))
+
+
+def _fill(out: Path, made: spec.Corpus, as_json: bool, redis: Any, keys: Keys) -> int:
+    """Run a corpus until its end, or as far as it comes; -> exit status."""
+    yard, base, digest = _yard(redis, keys)
     found = rows(made.input)
     first = list(itertools.islice(found, FIRST_ROWS))
     folder = Folder.make(out, made, digest, column_types(row.columns for row in first if not row.fault))
@@ -119,8 +135,10 @@ def run(source: str, out: Path, as_json: bool, redis_url: str, prefix: str, **op
     folder.ledger.set(wish="")
     maker = Maker(folder.corpus, {name: one.digest for name, one in yard.adapters.items()}, base)
     all_rows = itertools.chain(first, found)
-    total = len(first) * made.sample.n if len(first) < FIRST_ROWS else None
-    with _screen(total, as_json) as screen:
+    in_all = len(first) if len(first) < FIRST_ROWS else count_rows(made.input)
+    total = None if in_all is None else in_all * made.sample.n
+    swaps, bar = Swaps(redis, keys), sys.stderr.isatty() and not as_json
+    with Bar(total, swaps) if bar else Lines(total, swaps, as_json) as screen:
         pump = Pump(redis, keys, folder, maker, all_rows, screen.heard, _wish(folder))
         whole = pump.run()
         if isinstance(screen, Lines):
@@ -128,10 +146,6 @@ def run(source: str, out: Path, as_json: bool, redis_url: str, prefix: str, **op
     (out / "report.md").write_text(books.report(folder))
     del held
     return _ended(folder, whole)
-
-
-def _screen(total: int | None, as_json: bool) -> Bar | Lines:
-    return Bar(total) if sys.stderr.isatty() and not as_json else Lines(total, as_json)
 
 
 def _yard(redis: Any, keys: Keys) -> tuple[Published, str, str]:
@@ -168,8 +182,9 @@ def _ended(folder: Folder, whole: bool) -> int:
 
 @corpus.command(context_settings=HELP)
 @corpus_options
+@click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="New tokens/s of the yard, to tell the time.")
 @redis_options
-def plan(source: str, redis_url: str, prefix: str, **options: Any) -> None:
+def plan(source: str, rate: float | None, redis_url: str, prefix: str, **options: Any) -> None:
     """Say what a run of INPUT would do, without sending anything."""
     redis, keys = connect(redis_url), Keys(prefix)
     yard, base, _ = _yard(redis, keys)
@@ -187,15 +202,15 @@ def plan(source: str, redis_url: str, prefix: str, **options: Any) -> None:
         else:
             adapters[request.adapter] = adapters.get(request.adapter, 0) + 1
             characters += len(request.prompt)
-    most = made.sample.max_tokens or 256
-    click.echo(f"{texts:,} texts, {characters:,} characters of prompts, at most {texts * most:,} new tokens")
+    sent, most = sum(adapters.values()), made.sample.max_tokens or 256
+    click.echo(
+        f"{texts:,} texts, {sent:,} to be sent, {characters:,} characters of prompts, "
+        f"at most {sent * most:,} new tokens{f', {lasting(sent * most / rate)} at {rate:,g} tokens/s' if rate else ''}"
+    )
     for name, count in sorted(adapters.items()):
         click.echo(f"  {name or 'base'}: {count:,}")
     for fault, count in sorted(faults.items(), key=lambda one: -one[1])[:20]:
         click.echo(f"  cannot be sent, {count:,}: {fault}")
-
-
-folder_argument = click.argument("folder", metavar="FOLDER", type=click.Path(path_type=Path))
 
 
 @corpus.command(context_settings=HELP)

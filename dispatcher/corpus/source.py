@@ -49,15 +49,7 @@ def spool(source: Input, folder: Path) -> Input:
 
 def rows(source: Input) -> Iterator[Row]:
     """All rows of all files in the order of their names. Raises FileError or UsageError before the first row."""
-    import fsspec
-
-    try:
-        files = fsspec.open_files(source.path, "rb", compression="infer")
-        files.sort(key=lambda one: str(one.path))
-    except (OSError, ValueError, ImportError) as error:
-        raise FileError(f"{source.path} cannot be opened: {error}") from None
-    if not files:
-        raise FileError(f"there is no file {source.path}")
+    files = _files(source)
     kinds = [kind_of(source, one.path) for one in files]
     read = {"jsonl": _json_lines, "openai": _json_lines, "csv": _csv, "parquet": _parquet}
     found = itertools.chain.from_iterable(
@@ -67,6 +59,33 @@ def rows(source: Input) -> Iterator[Row]:
         Row(position, {}, one) if isinstance(one, str) else Row(position, one)
         for position, one in enumerate(found)
     )  # fmt: skip
+
+
+def count_rows(source: Input) -> int | None:
+    """How many rows there are, None where the files would have to be fetched twice. Raises as `rows` does."""
+    files = _files(source)
+    if any("file" not in _protocols(one) for one in files):
+        return None
+    found = {"jsonl": _count_lines, "openai": _count_lines, "csv": _count_csv, "parquet": _count_parquet}
+    return sum(sum(_opened(found[kind_of(source, one.path)], one)) for one in files)
+
+
+def _files(source: Input) -> list[Any]:
+    import fsspec
+
+    try:
+        files = fsspec.open_files(source.path, "rb", compression="infer")
+        files.sort(key=lambda one: str(one.path))
+    except (OSError, ValueError, ImportError) as error:
+        raise FileError(f"{source.path} cannot be opened: {error}") from None
+    if not files:
+        raise FileError(f"there is no file {source.path}")
+    return list(files)
+
+
+def _protocols(file: Any) -> tuple[str, ...]:
+    named = file.fs.protocol
+    return (named,) if isinstance(named, str) else tuple(named)
 
 
 def kind_of(source: Input, path: str) -> str:
@@ -80,7 +99,7 @@ def kind_of(source: Input, path: str) -> str:
     return found
 
 
-def _opened(read: Any, one: Any) -> Iterator[dict[str, Any] | str]:
+def _opened(read: Any, one: Any) -> Iterator[Any]:
     try:
         with one as file:
             yield from read(file)
@@ -103,6 +122,24 @@ def _json_lines(file: IO[bytes]) -> Iterator[dict[str, Any] | str]:
             yield f"the line is not JSON: {error}"
             continue
         yield found if isinstance(found, dict) else f"the line is JSON, but a {type(found).__name__} and no object"
+
+
+def _count_lines(file: IO[bytes]) -> Iterator[int]:
+    yield sum(1 for line in file if line.strip())
+
+
+def _count_csv(file: IO[bytes]) -> Iterator[int]:
+    yield sum(1 for _ in _csv(file))
+
+
+def _count_parquet(file: IO[bytes]) -> Iterator[int]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        yield pyarrow.parquet.ParquetFile(file).metadata.num_rows
+    except pyarrow.ArrowException as error:
+        raise FileError(f"the Parquet file cannot be read: {error}") from None
 
 
 def _csv(file: IO[bytes]) -> Iterator[dict[str, Any] | str]:

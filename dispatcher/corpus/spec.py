@@ -8,7 +8,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +170,12 @@ def from_file(path: Path) -> Corpus:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     corpus: Corpus = build(Corpus, data, str(path))
-    return corpus
+    return replace(corpus, input=replace(corpus.input, path=absolute(corpus.input.path, path.parent)))
+
+
+def absolute(path: str, base: Path) -> str:
+    """A local path as seen from `base`; a URL, and `-` for standard input, as they are."""
+    return path if path == "-" or "://" in path else str(base.absolute() / path)
 
 
 def build(kind: type, data: Any, where: str) -> Any:

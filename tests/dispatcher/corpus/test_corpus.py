@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import pyarrow
 import pyarrow.parquet
 import pytest
 
@@ -45,7 +46,7 @@ def said(path: Path) -> list[dict[str, Any]]:
 
 def pump(yard: LiveYard, folder: Path, source: Path, **parts: Any) -> Pump:
     corpus = Corpus(Input(str(source), id="id"), **{"output": Output("jsonl", 7, 0.2)} | parts)
-    opened = Folder.make(folder, corpus, "0" * 32, {"id": "string", "prompt": "string", "who": "string"})
+    opened = Folder.make(folder, corpus, "0" * 64, {"id": "string", "prompt": "string", "who": "string"})
     return Pump(yard.server.client(), KEYS, opened, Maker(corpus, DIGESTS, "base"), rows(corpus.input))
 
 
