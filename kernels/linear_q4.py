@@ -110,8 +110,9 @@ def _decode_shape(q4: Q4, columns: int) -> DecodeShape:
     """
     rows = len(q4.factors)
     if rows > 8192:
-        return DecodeShape(4, 4, 1, 4) if columns == 1 else DecodeShape(2, 4, 2, 4)
-    return DecodeShape(2, 8, 2, 2) if rows > 4096 else DecodeShape(2, 16, 3 - columns, 1)
+        return DecodeShape(4 // columns, 4, 1, 4)
+    depth = 2 // columns
+    return DecodeShape(2, 8, depth, 2) if rows > 4096 else DecodeShape(2, 16, depth, 1)
 
 
 class MidShape(NamedTuple):
