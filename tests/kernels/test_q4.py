@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from lorayard.kernels import launch, linear_gptq, linear_q4, q4
+from lorayard.kernels.rms_norm import add_norm, add_norm_arranged
+from lorayard.kernels.silu_mul import silu_mul, silu_mul_arranged
 
 from .case import NAMES, cases_of
 from .cases.q4_decode import gptq
@@ -92,3 +94,35 @@ def test_a_folder_that_others_can_write_holds_no_kernels(tmp_path, monkeypatch):
         other = find()
     assert other != folder
     other.rmdir()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_linear_on_the_gpu_is_right_in_every_family(ordered):
+    tensors = gptq(2048, 320, 128, ordered, ordered, "cuda")
+    packed = q4.pack(*tensors)
+    x, bias = torch.randn(300, 2048, device="cuda").half(), torch.randn(320, device="cuda").half()
+    value = x.double() @ linear_gptq.dequantise(*tensors).double() + bias.double()
+    first = {}
+    for tokens in (1, 8, 9, 40, 65, 128, 129, 200, 256, 300):
+        y = linear_q4.linear_q4(x[:tokens], packed, bias)
+        assert ((y.double() - value[:tokens]).norm() / value[:tokens].norm()).item() < 4e-4
+        family = sum(tokens > last for last in (linear_q4.FEW, 128, linear_q4.MANY))
+        assert torch.equal(first.setdefault(family, y[0]), y[0]), f"{tokens} tokens"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+def test_linears_of_q4_mid_hand_over_images_and_parts():
+    down, up = (q4.pack(*gptq(*sizes, 128, True, True, "cuda")) for sizes in ((2048, 256), (256, 512)))
+    gate, h, weight = (torch.randn(n, k, device="cuda").half() for n, k in ((40, 4096), (40, 256), (1, 256)))
+    if not linear_q4.takes_arranged(h, up):
+        pytest.skip("not a Hopper")
+    total, x = add_norm_arranged(
+        linear_q4.linear_q4_parts(silu_mul_arranged(*gate.chunk(2, -1)), down, None), h, weight[0], 1e-5
+    )
+    plain = linear_q4.linear_q4(silu_mul(*gate.chunk(2, -1)), down, None)
+    expected, normal = add_norm(plain, h, weight[0], 1e-5)
+    assert torch.equal(total, expected) and torch.equal(x.rows, normal)
+    assert torch.equal(linear_q4.linear_q4(x, up, None), linear_q4.linear_q4(normal, up, None))
