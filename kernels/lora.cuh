@@ -21,7 +21,8 @@ INLINE void multiply_16(float* d, const u32* a, u32 b0, u32 b1) {
 }
 
 // h [slices, T, parts * width] of fp32 = scales * (A x) over slices of K, for the units [tiles, parts, slices,
-// width / 16]. A slice is as wide as a block reads at once: all of A that is asked for is asked for before the wait.
+// width / 16]. A slice is what W warps read in D steps of 128: all of it is asked for before the wait. memory: 512 D W 8
+// bytes of A, each thread's own, then the warps' sums.
 struct LoraShrink {
   LoraTiles tiles;
   const float* scales;  // [T, width]
@@ -31,7 +32,7 @@ struct LoraShrink {
 };
 
 template <int W, int D, int C>
-INLINE void lora_shrink_unit(const LoraShrink& of, int unit, float* sums) {
+INLINE void lora_shrink_unit(const LoraShrink& of, int unit, uint4* memory) {
   constexpr int SLICE = W * D * 128, ROWS = C * 8;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, ranks = of.width / 16, slices = (of.K + SLICE - 1) / SLICE;
   const int r = unit % ranks * 16, slice = unit / ranks % slices, part = unit / (ranks * slices) % of.parts;
@@ -43,22 +44,22 @@ INLINE void lora_shrink_unit(const LoraShrink& of, int unit, float* sums) {
   }
   const int first = slice * SLICE + warp * D * 128 + lane % 4 * 8;
   const u16* own = a + (size_t)(r + lane / 4) * of.K;
-  uint4 weights[D * 4][2];
+  uint4* weights = memory + threadIdx.x;
 #pragma unroll
-  for (int i = 0; i < D * 4; i++)
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const int k = first + i * 32;
-      weights[i][half] = k < of.K ? load_once((const uint4*)(own + (size_t)half * 8 * of.K + k)) : make_uint4(0, 0, 0, 0);
-    }
+  for (int i = 0; i < D * 8; i++) {
+    const int k = first + i / 2 * 32;
+    if (k < of.K) copy_async(weights + i * W * 32, own + (size_t)(i % 2 * 8) * of.K + k);
+    else weights[i * W * 32] = make_uint4(0, 0, 0, 0);
+  }
   int row[C];
 #pragma unroll
   for (int c = 0; c < C; c++) row[c] = rows[c * 8 + lane / 4];
   wait_for_previous();
+  copy_async_wait();
   float part_sums[C][4] = {};
 #pragma unroll
   for (int i = 0; i < D * 4; i++) {
-    const uint4 &low = weights[i][0], &high = weights[i][1];
+    const uint4 low = weights[i * 2 * W * 32], high = weights[(i * 2 + 1) * W * 32];
     const u32 one[4] = {low.x, high.x, low.y, high.y}, two[4] = {low.z, high.z, low.w, high.w};
     const int k = first + i * 32;
 #pragma unroll
@@ -69,6 +70,7 @@ INLINE void lora_shrink_unit(const LoraShrink& of, int unit, float* sums) {
       multiply_16(part_sums[c], two, x.z, x.w);
     }
   }
+  float* sums = (float*)(memory + D * 8 * W * 32);  // [W, ROWS, 16]
 #pragma unroll
   for (int c = 0; c < C; c++)
 #pragma unroll

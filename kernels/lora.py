@@ -12,10 +12,10 @@ from .linear import TILE, fill
 
 STEP = 16
 """Ranks are multiples of this."""
-SLICE, WARPS = 2048, 8
+SLICE, WARPS = 1024, 4
 """Numbers of A's rows that a block of lora_shrink takes, and its warps."""
-SPAN = 8, 1
-"""Warps of a block of lora_expand, and how often each takes 64 columns of y."""
+EXPAND_WARPS = 4
+"""Warps of a block of lora_expand, each for 64 columns of y."""
 
 
 def tile_rows(rows: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,14 +95,14 @@ def expand(h: Tensor, linears: Joined, tiles: Tiles, y: Tensor) -> Launch:
     require("y", y, y.dtype, h.shape[1], outputs, like=h)
     _require(tiles, y)
     ends = [sum(linears.widths[: i + 1]) for i in range(3)]
-    (warps, groups), span = SPAN, SPAN[0] * SPAN[1] * 64
-    macros = {"WARPS": warps, "GROUPS": groups, "SLICES": len(h)} | _format(y, tiles)
+    span = EXPAND_WARPS * 64
+    macros = {"WARPS": EXPAND_WARPS, "SLICES": len(h)} | _format(y, tiles)
     arguments = linears.table, tiles.slots, tiles.rows, h, y
     sizes = linears.table.shape[1], linears.first, len(linears.widths), width, len(y), linears.inputs
     grid = sum(-(-size // span) for size in linears.widths), len(tiles.slots), 1
     shared = tiles.rows.shape[1] * (width // 2 + 8) * 4
     kernel = Kernel("lora_expand", tuple(macros.items()))
-    return Launch(kernel, grid, warps * 32, (*arguments, *sizes, outputs, ends[0], ends[1]), shared)
+    return Launch(kernel, grid, EXPAND_WARPS * 32, (*arguments, *sizes, outputs, ends[0], ends[1]), shared)
 
 
 def _format(x: Tensor, tiles: Tiles) -> dict[str, int]:

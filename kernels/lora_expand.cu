@@ -1,9 +1,9 @@
 // y [T, N] += B h for the rows of every slot: up to three linears side by side, of WIDTHS columns, h as lora.cuh's
 // shrink leaves it. B is operand A of the tensor cores; its rows are dealt to the lanes so that each has 8 neighbouring
-// columns of y. A warp has 64 columns at a time, GROUPS times; a block has a tile of rows.
+// columns of y. A warp has 64 columns, a block a tile of rows.
 #include "lora.cuh"
 
-constexpr int TOKENS = COLUMNS * 8, SPAN = WARPS * GROUPS * 64;
+constexpr int TOKENS = COLUMNS * 8, SPAN = WARPS * 64;
 
 struct Weights {  // of 64 columns of y and 16 ranks
   uint2 b[4][2];
@@ -45,51 +45,52 @@ lora_expand(const u64* __restrict__ table, const int* __restrict__ slots, const 
   const int one = (second + SPAN - 1) / SPAN, two = one + (third - second + SPAN - 1) / SPAN;
   const int block = blockIdx.x, part = (block >= one) + (block >= two);
   const int begin = part == 0 ? 0 : part == 1 ? second : third, end = part == 0 ? second : part == 1 ? third : N;
-  const int mine = (block - (part == 0 ? 0 : part == 1 ? one : two)) * SPAN + warp * GROUPS * 64 + lane / 4 * 8;
+  const int mine = (block - (part == 0 ? 0 : part == 1 ? one : two)) * SPAN + warp * 64 + lane / 4 * 8;
   const u16* a = tiles.a(tile, module + part);
   if (!a) {
     wait_for_previous();
     return;
   }
   const u16* b = a + (size_t)rank * K + (size_t)mine * rank + lane % 4 * 4;
-  Weights weights[GROUPS];
-#pragma unroll
-  for (int g = 0; g < GROUPS; g++) weights[g].read(b + (size_t)g * 64 * rank, rank, end - begin - mine - g * 64);
+  const int left = end - begin - mine;
+  Weights weights;
+  weights.read(b, rank, left);
   const int* own = rows + tile * TOKENS;
+  uint4* at[COLUMNS][2];  // 8 columns of y
+#pragma unroll
+  for (int i = 0; i < COLUMNS * 2; i++) {
+    const int row = own[i / 2 * 8 + lane % 4 * 2 + i % 2];
+    at[i / 2][i % 2] = row < 0 || left <= 0 ? 0 : (uint4*)(y + (size_t)row * N + begin + mine);
+  }
   wait_for_previous();
+  uint4 old[COLUMNS][2] = {};
+#pragma unroll
+  for (int i = 0; i < COLUMNS * 2; i++)
+    if (at[i / 2][i % 2]) old[i / 2][i % 2] = *at[i / 2][i % 2];
   const int pitch = width / 2 + 8;
   gather(shared, pitch, h, own, rank, T, width, parts, part);
   __syncthreads();
+  float sums[COLUMNS][4][4] = {};
+  for (int k = 0;;) {
 #pragma unroll
-  for (int g = 0; g < GROUPS; g++) {
-    const int left = end - begin - mine - g * 64;
-    float sums[COLUMNS][4][4] = {};
-    for (int k = 0;;) {
+    for (int c = 0; c < COLUMNS; c++) {
+      const uint2 token = *(const uint2*)(shared + (c * 8 + lane / 4) * pitch + k / 2 + lane % 4 * 2);
 #pragma unroll
-      for (int c = 0; c < COLUMNS; c++) {
-        const uint2 token = *(const uint2*)(shared + (c * 8 + lane / 4) * pitch + k / 2 + lane % 4 * 2);
-#pragma unroll
-        for (int t = 0; t < 4; t++) {
-          const uint2 *low = &weights[g].b[t][0], *high = &weights[g].b[t][1];
-          const u32 four[4] = {low->x, high->x, low->y, high->y};
-          multiply_16(sums[c][t], four, token.x, token.y);
-        }
+      for (int t = 0; t < 4; t++) {
+        const uint2 *low = &weights.b[t][0], *high = &weights.b[t][1];
+        const u32 four[4] = {low->x, high->x, low->y, high->y};
+        multiply_16(sums[c][t], four, token.x, token.y);
       }
-      if ((k += 16) >= rank) break;
-      weights[g].read(b + (size_t)g * 64 * rank + k, rank, left);
     }
-    if (left <= 0) continue;
+    if ((k += 16) >= rank) break;
+    weights.read(b + k, rank, left);
+  }
 #pragma unroll
-    for (int c = 0; c < COLUMNS; c++)
-#pragma unroll
-      for (int e = 0; e < 2; e++) {
-        const int row = own[c * 8 + lane % 4 * 2 + e];
-        if (row < 0) continue;
-        uint4* at = (uint4*)(y + (size_t)row * N + begin + mine + g * 64);
-        const uint4 old = *at;
-        const float(*d)[4] = sums[c];
-        *at = make_uint4(add(old.x, d[0][e], d[0][2 + e]), add(old.y, d[1][e], d[1][2 + e]),
-                         add(old.z, d[2][e], d[2][2 + e]), add(old.w, d[3][e], d[3][2 + e]));
-      }
+  for (int i = 0; i < COLUMNS * 2; i++) {
+    const int c = i / 2, e = i % 2;
+    if (!at[c][e]) continue;
+    const float(*d)[4] = sums[c];
+    *at[c][e] = make_uint4(add(old[c][e].x, d[0][e], d[0][2 + e]), add(old[c][e].y, d[1][e], d[1][2 + e]),
+                           add(old[c][e].z, d[2][e], d[2][2 + e]), add(old[c][e].w, d[3][e], d[3][2 + e]));
   }
 }

@@ -6,8 +6,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
 lora_shrink(const u64* __restrict__ table, const int* __restrict__ slots, const int* __restrict__ rows,
             const float* __restrict__ scales, const u16* __restrict__ x, float* __restrict__ h, int stride, int module,
             int parts, int width, int T, int K) {
-  __shared__ float sums[WARPS * COLUMNS * 8 * 16];
+  __shared__ uint4 memory[WARPS * DEPTH * 256 + WARPS * COLUMNS * 32];
   let_next_begin();
   const LoraShrink of = {{table, slots, rows, stride}, scales, x, h, module, parts, width, T, K};
-  lora_shrink_unit<WARPS, DEPTH, COLUMNS>(of, blockIdx.x, sums);
+  lora_shrink_unit<WARPS, DEPTH, COLUMNS>(of, blockIdx.x, memory);
 }

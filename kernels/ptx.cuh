@@ -69,6 +69,16 @@ INLINE u32 load_once(const u32* p) {
   asm volatile("ld.global.nc.L1::no_allocate.L2::256B.u32 %0, [%1];" : "=r"(v) : "l"(p));
   return v;
 }
+// Copies to shared memory that the copying thread alone reads, after it has waited for all but the PENDING latest groups.
+template <int BYTES> INLINE void copy_async(void* to, const void* from) {
+  const u32 at = (u32)__cvta_generic_to_shared(to);
+  if constexpr (BYTES == 16)
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(BYTES) : "memory");
+}
+INLINE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING> INLINE void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 INLINE float4 load_fresh(const float4* p) {  // what other blocks wrote
   float4 v;
   asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
@@ -80,6 +90,11 @@ INLINE float load_fresh(const float* p) {
   asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
   return v;
 }
+INLINE void copy_async(void* to, const void* from) {  // 16 bytes to shared memory; the thread that asked waits for them
+  const u32 at = (u32)__cvta_generic_to_shared(to);
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+}
+INLINE void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 INLINE void fence_device() { __threadfence(); }
 INLINE int count_up(int* p) { return atomicAdd(p, 1); }
 INLINE u32 count_up(u32* p, u32 n) { return atomicAdd(p, n); }

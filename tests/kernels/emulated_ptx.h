@@ -51,8 +51,16 @@ inline float exp2_fast(float x) { return exp2f(x); }
 inline uint4 load_once(const uint4* p) { return *p; }
 inline uint2 load_once(const uint2* p) { return *p; }
 inline u32 load_once(const u32* p) { return *p; }
+template <int BYTES> void copy_async(void* to, const void* from) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % BYTES) emulator::fail("a copy is not aligned");
+  memcpy(to, from, BYTES);
+}
+inline void copy_commit() {}
+template <int PENDING> void copy_wait() {}
 inline float4 load_fresh(const float4* p) { return *p; }
 inline float load_fresh(const float* p) { return *p; }
+inline void copy_async(void* to, const void* from) { memcpy(to, from, 16); }
+inline void copy_async_wait() {}
 inline void fence_device() {}
 inline int count_up(int* p) { return (*p)++; }
 inline u32 count_up(u32* p, u32 n) { return (*p += n) - n; }

@@ -38,7 +38,7 @@ class _Slot:
     """
 
     loras: tuple[Adapter, ...] = ()
-    stacked: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    stacked: dict[str, Packed] = field(default_factory=dict)
     changes: dict[str, list[tuple[int, Change]]] = field(default_factory=dict)
     arrivals: dict[torch.device, Arrival] = field(default_factory=dict)
     pins: int = 0
@@ -47,6 +47,9 @@ class _Slot:
     @property
     def digests(self) -> tuple[str, ...]:
         return tuple(lora.digest for lora in self.loras)
+
+    def halves(self, name: str) -> tuple[Tensor, Tensor] | None:
+        return self.stacked[name][name] if name in self.stacked else None
 
 
 class LoraBank:
@@ -162,7 +165,7 @@ class LoraBank:
                 scale = use.scales[:, column : column + 1]
                 y[use.rows] = change_output(change, x[use.rows], y[use.rows], scale)
         for group in prepared.groups:
-            pairs = [self._slots[slot].stacked.get(name) for slot in group.slots]
+            pairs = [self._slots[slot].halves(name) for slot in group.slots]
             touched = [pair for pair in pairs if pair]
             if not touched:
                 continue
@@ -183,7 +186,7 @@ class LoraBank:
             for column, change in slot.changes.get(name, ()):
                 rows = change_embedded(change, ids, rows, use.scales[:, column : column + 1])
             if name in slot.stacked:
-                a, b = slot.stacked[name]
+                a, b = slot.stacked[name][name]
                 rows = rows + linear((a[:, ids].T * use.scales).to(h.dtype), b)
             h[use.rows] = rows
         return h
@@ -213,10 +216,8 @@ class LoraBank:
         for device, modules in by_device(self.model, _modules(loras)).items():
             packed = _packed(loras, device, modules)
             if device.type == "cuda":
-                halves, filled.arrivals[device] = self._resident(device).send(packed)
-            else:
-                halves = packed.halves(packed.numbers)
-            filled.stacked |= halves
+                packed, filled.arrivals[device] = self._resident(device).send(packed)
+            filled.stacked |= dict.fromkeys(packed, packed)
         self.width = max(self.width, _rank_class(loras))
         self._slots[index] = filled
 
@@ -267,4 +268,4 @@ def _modules(loras: tuple[Adapter, ...]) -> list[str]:
 def _packed(loras: tuple[Adapter, ...], device: torch.device, modules: list[str]) -> Packed:
     """The combination's part on a device; an adapter that is alone may have been packed when it was read."""
     alone = loras[0].packed.get(device) if len(loras) == 1 else None
-    return alone if alone and list(alone.sizes) == modules else Packed.of(loras, modules, device.type == "cuda")
+    return alone if alone and list(alone) == modules else Packed.of(loras, modules, device.type == "cuda")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -36,42 +37,45 @@ def rank_class(rank: int) -> int:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Packed:
-    """A [R, K] and then B [N, R] of each module in one tensor, one after another. sizes: K and N by module."""
+class Packed(Mapping[str, tuple[Tensor, Tensor]]):
+    """A [R, K] and then B [N, R] of each module in one tensor. places: start, K and N by module."""
 
     rank: int
     numbers: Tensor
-    sizes: Mapping[str, tuple[int, int]]
+    places: Mapping[str, tuple[int, int, int]]
 
     @classmethod
     def of(cls, loras: Sequence[Ranked], modules: Sequence[str], pinned: bool) -> Packed:
         """The adapters' ranks one after another; zeros where one has a smaller rank at a module, or none."""
-        rank = rank_class(sum(lora.max_rank for lora in loras))
+        ranks = [lora.max_rank for lora in loras]
+        rank, places, end = rank_class(sum(ranks)), dict[str, tuple[int, int, int]](), 0
         first = {module: next(each.tensors[module] for each in loras if module in each.tensors) for module in modules}
-        sizes = {module: (a.shape[1], len(b)) for module, (a, b) in first.items()}
-        total = rank * sum(inputs + outputs for inputs, outputs in sizes.values())
+        for module, (a, b) in first.items():
+            places[module] = end, a.shape[1], len(b)
+            end += rank * (a.shape[1] + len(b))
         dtype = next(iter(first.values()))[0].dtype
-        packed = cls(rank, torch.empty(total, dtype=dtype, pin_memory=pinned), sizes)
-        for module, (a, b) in packed.halves(packed.numbers).items():
+        packed = cls(rank, torch.empty(end, dtype=dtype, pin_memory=pinned), places)
+        for module, (a, b) in packed.items():
             if len(loras) > 1 or len(first[module][0]) < rank:
                 a.zero_(), b.zero_()
-            start = 0
-            for lora in loras:
+            for lora, start in zip(loras, accumulate(ranks, initial=0), strict=False):
                 if module in lora.tensors:
                     half_a, half_b = lora.tensors[module]
                     a[start : start + len(half_a)] = half_a
                     b[:, start : start + len(half_a)] = half_b
-                start += lora.max_rank
         return packed
 
-    def halves(self, numbers: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Views of A [R, K] and B [N, R] into a copy of `numbers`."""
-        found, start = {}, 0
-        for module, (inputs, outputs) in self.sizes.items():
-            a = numbers[start : (start := start + self.rank * inputs)]
-            b = numbers[start : (start := start + self.rank * outputs)]
-            found[module] = a.view(self.rank, inputs), b.view(outputs, self.rank)
-        return found
+    def __getitem__(self, module: str) -> tuple[Tensor, Tensor]:
+        start, inputs, outputs = self.places[module]
+        middle = start + self.rank * inputs
+        a, b = self.numbers[start:middle], self.numbers[middle : middle + self.rank * outputs]
+        return a.view(self.rank, inputs), b.view(outputs, self.rank)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
 
 
 def by_device(model: Model, modules: Iterable[str]) -> dict[torch.device, list[str]]:

@@ -61,8 +61,8 @@ class Lora:
         if any(device.type != "cuda" for device in devices):
             return self
         packed = {device: Packed.of((self,), modules, True) for device, modules in devices.items()}
-        wide = {module: pair for each in packed.values() for module, pair in each.halves(each.numbers).items()}
-        tensors = {m: (a[: self.ranks[m]], b[:, : self.ranks[m]]) for m, (a, b) in wide.items()}
+        ranks = self.ranks
+        tensors = {m: (a[: ranks[m]], b[:, : ranks[m]]) for each in packed.values() for m, (a, b) in each.items()}
         return replace(self, tensors=tensors, packed=packed)
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,8 +32,8 @@ class Resident:
         self._stream = torch.cuda.Stream(device)
         self._joined: dict[tuple[str, ...], Joined] = {}
 
-    def send(self, packed: Packed) -> tuple[dict[str, tuple[Tensor, Tensor]], Arrival]:
-        """Begin to copy a combination into a new buffer: its halves there, usable once they have arrived.
+    def send(self, packed: Packed) -> tuple[Packed, Arrival]:
+        """Begin to copy a combination into a new buffer: the same there, usable once it has arrived.
 
         The copy waits for what is queued on the current stream, and for nothing that comes after.
         """
@@ -43,13 +43,13 @@ class Resident:
         with torch.cuda.stream(self._stream):
             numbers.copy_(packed.numbers, non_blocking=True)
             ready = self._stream.record_event()
-        halves = packed.halves(numbers)
         row = torch.zeros(self._table.shape[1], dtype=torch.int64, pin_memory=True)
-        row[0] = packed.rank
-        for module, (a, _) in halves.items():
+        base, cells = numbers.data_ptr(), row.numpy()
+        cells[0] = packed.rank
+        for module, (start, _, _) in packed.places.items():
             if module in self._columns:
-                row[self._columns[module]] = a.data_ptr()
-        return halves, Arrival(row, ready)
+                cells[self._columns[module]] = base + start * numbers.itemsize
+        return replace(packed, numbers=numbers), Arrival(row, ready)
 
     def receive(self, slot: int, arrival: Arrival) -> None:
         """Let the current stream wait for the copy, and see it from then on."""
