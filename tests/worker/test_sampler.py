@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorayard.kernels.sample import ROW
 from lorayard.shared.job import SamplingParams
 from lorayard.worker.generate.mask import Mask
-from lorayard.worker.generate.sampler import Choice, Draw, sample, uniform
+from lorayard.worker.generate.sampler import (
+    Choice,
+    Draw,
+    fill_rows,
+    on_device,
+    sample,
+    sample_on_host,
+    uniform,
+    uniforms,
+)
 
 VOCAB = 32
 
@@ -120,6 +131,56 @@ def test_the_random_numbers_are_these() -> None:
 
 
 PINNED = [0.13870941014555427, 0.6935121390102292, 0.2691303195904541, 0.18436667429957676]
+
+
+def test_a_draw_goes_through_what_the_filters_left_in_the_order_of_ids() -> None:
+    shares = (0.15, 0.5, 0.05, 0.3)
+    logits = [math.log(p) for p in shares]
+    for seed in range(200):
+        number = uniform(seed, 0, 0)
+        assert one(logits, draw(seed=seed)) == int((np.cumsum(shares) <= number).sum())
+        left = np.array([0.15, 0.5, 0, 0.3]) / 0.95
+        assert one(logits, draw(seed=seed, top_k=3)) == int((left.cumsum() <= number).sum())
+
+
+def test_what_the_kernel_is_told() -> None:
+    draws = [
+        draw([5] * 7, seed=(1 << 64) - 1, temperature=0.5, top_k=1 << 31, top_p=0.5, min_p=0.25, blocked=(9, 4)),
+        draw(temperature=0),
+        draw(temperature=1e-200),
+    ]
+    rows = np.empty(3, ROW)
+    fill_rows(rows, draws, [4, -1, 0])
+    assert rows["number"].tolist() == [uniform((1 << 64) - 1, 0, 7), uniform(0, 0, 0), uniform(0, 0, 0)]
+    assert rows["temperature"].tolist()[:2] == [0.5, 0] and rows["temperature"][2] > 0
+    assert rows["seat"].tolist() == [4, -1, 0] and rows["banned"].tolist() == [[4, 9] + [-1] * 6, [-1] * 8, [-1] * 8]
+    assert rows[0].tolist()[2:5] == (0.5, 0.25, (1 << 31) - 1)
+    again = [Draw(SamplingParams(), [], 0, seed, sample=2, attempt=seed % 3) for seed in range(9)]
+    assert uniforms(again).tolist() == [uniform(each.seed, 2, 0, each.attempt) for each in again]
+
+
+def test_the_kernel_takes_rows_that_ask_for_no_more_than_it_does() -> None:
+    assert on_device(draw(temperature=0.3, top_k=9, top_p=0.1, min_p=0.3, blocked=tuple(range(8))))
+    assert not on_device(draw(blocked=tuple(range(9))))
+    assert not on_device(Draw(SamplingParams(), [], 0, 0, mask=Mask(allowed=frozenset([1]))))
+    for setting in ({"skew": 0.1}, {"mirostat": True}, {"frequency_penalty": -0.1}, {"max_temp": 2.0}, {"tfs": 0.5}):
+        assert not on_device(draw(**setting))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_gpu_draws_what_the_host_does(dtype: torch.dtype) -> None:
+    """Another token may come where the number is within rounding of a boundary: in less than 1 of 1000 rows here."""
+    logits = (torch.randn(2000, 5000, device="cuda") * 3).to(dtype)
+    settings = [{}, {"temperature": 0}, {"top_p": 0.9}, {"top_k": 50}, {"min_p": 0.05}, {"skew": 0.5},
+                {"top_k": 40, "top_p": 0.7, "min_p": 0.02, "temperature": 1.3}, {"blocked": (1, 2)}]  # fmt: skip
+    draws = [draw(seed=seed, **settings[seed % len(settings)]) for seed in range(len(logits))]  # type: ignore[arg-type]
+    there, here = sample(logits.clone(), draws, 4990), sample_on_host(logits.float().cpu(), draws, 4990)
+    other = sum(a.token != b.token for a, b in zip(there, here, strict=True) if a and b)
+    assert None not in there and None not in here and other <= 2
+    assert sample(logits[7:9].clone(), draws[7:9], 4990) == there[7:9]
+
 
 PARAMS = st.builds(
     SamplingParams,
