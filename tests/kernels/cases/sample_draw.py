@@ -82,7 +82,7 @@ def make(logits: Tensor, settings: list[tuple[str, float]], vocab_size: int, ban
 def odd(device: str) -> Iterator[Case]:
     wide = torch.randn(9, 8201, device=device) * 3
     yield make(wide, [(filters, 0.7) for filters in FILTERS], 8199, 2)
-    yield make((torch.randn(8, 2400, device=device) * 2).half(), [(filters, 1.0) for filters in FILTERS[1:]], 2397)
+    yield make((torch.randn(4, 2400, device=device) * 2).half(), [(filters, 1.0) for filters in FILTERS[1::2]], 2397)
     yield make((torch.randn(2, 8208, device=device) * 2).bfloat16(), [("top_p", 1.5), ("min_p", 1.0)], 8205, 8)
     flat = torch.randn(4, 8300, device=device).round() / 64
     yield make(flat, [("plain", 1.0), ("top_p", 1.0), ("top_k", 1.0), ("top_k top_p", 100.0)], 8300)
