@@ -28,6 +28,7 @@ class Scripted:
 
     def __init__(self) -> None:
         self.config = SimpleNamespace(vocab_size=VOCAB, max_seq_len=4096)
+        self.layer_devices = ()
         self.linears = {"linear": SimpleNamespace(device=torch.device("cpu"))}
         self.scripts: dict[int, tuple[int, list[Step]]] = {}
         self.first_of_page: dict[int, int] = {}

@@ -87,12 +87,17 @@ class Cache:
         """Bytes of one layer's K and V."""
         return self.pages * page_bytes(self.type, self.pool_shape[1], self.pool_shape[3])
 
+    @property
+    def scratch(self) -> int:
+        """A page that belongs to no sequence, for rows that only fill up a batch; on a GPU alone."""
+        return self.pages
+
     def allocate(self, layer: int, device: torch.device) -> None:
-        """Give the layer its pools, zeros."""
+        """Give the layer its pools, zeros; on a GPU they have one page more, see `scratch`."""
+        pages, heads, page, dim = self.pool_shape
+        shape = (pages + (device.type == "cuda"), heads, page, dim)
         k, v = (
-            QuantisedPool(self.pool_shape, kind, device)
-            if isinstance(kind, int)
-            else FloatPool(self.pool_shape, kind, device)
+            QuantisedPool(shape, kind, device) if isinstance(kind, int) else FloatPool(shape, kind, device)
             for kind in (self.type.k, self.type.v)
         )
         self.layers[layer] = (k, v)

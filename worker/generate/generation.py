@@ -34,6 +34,10 @@ class Generation:
     pages: tuple[int, ...] = ()
     published: int = 0
     slot: int | None = None
+    seat: int = -1
+    """Its place in the batch while it runs."""
+    pending: int = 0
+    """1 while a token has been drawn on the device and is not known here yet."""
     skips: int = 0
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     _stream: TextStream = field(init=False)
@@ -62,6 +66,22 @@ class Generation:
         return len(self.token_ids) - self.request.prompt_tokens
 
     @property
+    def length(self) -> int:
+        """Tokens, with one that is not known here yet."""
+        return len(self.token_ids) + self.pending
+
+    @property
+    def sated(self) -> bool:
+        """Whether the token that is pending is the last one there can be."""
+        return bool(self.pending) and self.new_tokens + self.pending >= self.request.max_tokens
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing needs to be known of a token before the next one is drawn."""
+        request = self.request
+        return request.logprobs is None and request.prompt_logprobs is None and not request.banned_strings
+
+    @property
     def settled(self) -> int:
         """How many tokens will never be taken back, nor, as the last one before such, be computed again."""
         return len(self.token_ids) - len(self._banned.held) - bool(self.request.banned_strings)
@@ -69,22 +89,22 @@ class Generation:
     @property
     def draw(self) -> Draw:
         """What the sampler needs for the next token. Until min_tokens are there, nothing that stops may come."""
-        request, position = self.request, len(self.token_ids)
+        request, position = self.request, self.length
         mask = request.mask
         if self.new_tokens < 0:
             mask = Mask(request.healing)
-        elif self.new_tokens < request.min_tokens:
+        elif self.new_tokens + self.pending < request.min_tokens:
             mask = mask.without(request.stop_ids)
         if position in self._tried:
             mask = mask.without(self._tried[position])
         return Draw(
             request.sampling, self.token_ids, request.prompt_tokens, request.seed, request.sample, self._rewinds, mask,
-            self._mu, request.breakers, request.ignored,
+            self._mu, request.breakers, request.ignored, self.pending,
         )  # fmt: skip
 
     def accept(self, choice: Choice, logprobs: TokenLogprobs | None = None) -> Event | None:
         """Take the next token: what is new, if anything may be told. The event is the last one if the job ends."""
-        request, token = self.request, choice.token
+        request, token, self.pending = self.request, choice.token, 0
         self.token_ids.append(token)
         stopped = token in request.stop_ids and self.new_tokens > 0
         said = Said(token, "" if stopped else self._push(token), self._mu, logprobs)

@@ -22,8 +22,9 @@ from ..text.tokenizer import Tokenizer
 from .event import Event, Handle
 from .generation import Generation
 from .request import Limits, LoraUse, LoraUses, Request, texts
+from .runner import Flight, Runner
 from .scheduler import Scheduler, Span
-from .step import Outcome, build_batch, outcomes
+from .step import Outcome
 from .words import Words
 
 __all__ = ["Event", "Generator", "Handle"]
@@ -49,6 +50,8 @@ class Generator:
         self.table = PageTable(cache.pages)
         self._scheduler = Scheduler(self.table, self.bank, max_batch, chunk, cache.copy_prefix)
         self.limits = Limits(model.config.vocab_size, self.capacity, self.bank.max_rank, slots)
+        self._runner = Runner(model, cache, self.bank, tokenizer.vocab_size, max_batch)
+        self._flight: Flight | None = None
         self._words = Words(tokenizer)
         self._jobs: dict[Handle, list[Generation]] = {}
         self._events: list[Event] = []
@@ -140,15 +143,21 @@ class Generator:
     def iterate(self) -> list[Event]:
         """One step, and what came of it: schedule, run, apply. A job that fails ends alone.
 
-        Events of a sample come in order; see `Event` for what they tell and when.
+        On a GPU a step is begun before the outcomes of the one before it are read, if nothing in it hangs on them; so
+        events come a step later. Events of a sample come in order; see `Event` for what they tell and when.
         """
         self._expire()
         spans = self._scheduler.schedule()
         for job, error in self._scheduler.failed:
             self._end(job, job.end("error", error=error))
         self._scheduler.failed.clear()
-        if spans:
-            self._step(spans)
+        before, self._flight = self._flight, None
+        flights = self._launch(spans) if spans else []
+        if flights and flights[-1].ahead:
+            self._flight = flights.pop()
+        for flight in [before, *flights]:
+            if flight:
+                self._land(flight)
         events, self._events = self._events, []
         return events
 
@@ -190,27 +199,29 @@ class Generator:
         return [told[handle, sample] for handle in handles for sample in range(n)]
 
     @torch.inference_mode()
-    def _step(self, spans: Sequence[Span]) -> None:
-        """Run and apply; if the batch fails, each job by itself, so that only the one at fault does."""
+    def _launch(self, spans: Sequence[Span]) -> list[Flight]:
+        """Run; if the batch fails, each job by itself, so that only the one at fault does."""
         try:
-            outcomes = self._run(spans)
+            flight = self._runner.run(spans)
         except Exception as error:
-            if len(spans) == 1:
-                self._end(spans[0].generation, spans[0].generation.end("error", error=error))
-            else:
-                for span in spans:
-                    self._step([span])
-            return
-        for span, outcome in zip(spans, outcomes, strict=True):
-            span.generation.prompt_logprobs += outcome.prompt
-            complete = span.complete
+            if len(spans) > 1:
+                return [flight for span in spans for flight in self._launch([span])]
+            self._end(spans[0].generation, spans[0].generation.end("error", error=error))
+            return []
+        for span in spans:
             self._scheduler.advance(span)
-            if complete:
-                self._apply(span.generation, outcome)
+            span.generation.pending = int(span.complete)
+        return [flight]
 
-    def _run(self, spans: Sequence[Span]) -> list[Outcome]:
-        logits = self.model.forward(build_batch(spans, self.bank), self.cache, self.bank)
-        return outcomes(logits, spans, self.tokenizer.vocab_size)
+    def _land(self, flight: Flight) -> None:
+        """Apply the outcomes to the samples that have not ended meanwhile."""
+        for span, outcome in zip(flight.spans, flight.outcomes(), strict=True):
+            sample = span.generation
+            if sample not in self._jobs.get(sample.handle, ()):
+                continue
+            sample.prompt_logprobs += outcome.prompt
+            if span.complete:
+                self._apply(sample, outcome)
 
     def _apply(self, sample: Generation, outcome: Outcome) -> None:
         if outcome.choice is None:

@@ -46,6 +46,13 @@ class Draw:
     mu: float = 0.0
     breakers: frozenset[int] = frozenset()
     ignored: frozenset[int] = frozenset()
+    pending: int = 0
+    """Tokens after token_ids that only the device knows yet."""
+
+    @property
+    def position(self) -> int:
+        """The number of tokens before the next one."""
+        return len(self.token_ids) + self.pending
 
 
 class Choice(NamedTuple):
@@ -67,7 +74,7 @@ def uniform(seed: int, sample: int, position: int, attempt: int = 0) -> float:
 def uniforms(draws: Sequence[Draw]) -> np.ndarray[Any, np.dtype[np.float64]]:
     """`uniform` of each, at once."""
     state = np.zeros(len(draws), np.uint64)
-    for words in zip(*[(each.seed, each.sample, len(each.token_ids)) for each in draws], strict=True):
+    for words in zip(*[(each.seed, each.sample, each.position) for each in draws], strict=True):
         state = _mix((state ^ np.array(words, np.uint64)) + np.uint64(0x9E3779B97F4A7C15))
     attempts = np.array([each.attempt for each in draws], np.uint64)
     if attempts.any():
@@ -245,7 +252,7 @@ def _draw(row: Tensor, draw: Draw) -> Choice:
     if ids is not None and not params.skew:
         order = ids.argsort()
         ids, p = ids[order], p[order]
-    number = filters.skewed(uniform(draw.seed, draw.sample, len(draw.token_ids), draw.attempt), params.skew)
+    number = filters.skewed(uniform(draw.seed, draw.sample, draw.position, draw.attempt), params.skew)
     sums = p.cumsum(0)
     place = min(int((sums <= number * float(sums[-1])).sum()), int((p > 0).nonzero()[-1]))
     probability = float(p[place] / sums[-1])

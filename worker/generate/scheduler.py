@@ -19,16 +19,22 @@ MAX_SKIPS = 4
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """The tokens [start, end) of a job, computed in one step; with its last token, the next one can be drawn."""
+    """The tokens [start, end) of a job, computed in one step; with its last token, the next one can be drawn.
+
+    complete: nothing is left to compute before the next token. unknown: only the device knows the last of these yet.
+    """
 
     generation: Generation
     start: int
     end: int
+    complete: bool
+    unknown: bool
 
-    @property
-    def complete(self) -> bool:
-        """True if nothing is left to compute before the next token."""
-        return self.end == len(self.generation.token_ids)
+    @classmethod
+    def of(cls, generation: Generation, size: int) -> Span:
+        """The next `size` tokens."""
+        start, end = generation.computed, generation.computed + size
+        return cls(generation, start, end, end == generation.length, end > len(generation.token_ids))
 
     @property
     def wanted(self) -> range:
@@ -48,19 +54,20 @@ class Scheduler:
         self.max_batch, self.chunk = max_batch, chunk
         self.waiting: list[Generation] = []
         self.running: list[Generation] = []
+        self._seats = list(range(max_batch))
         self.failed: list[tuple[Generation, Exception]] = []
         """Jobs whose adapters could not be placed, for the generator to end."""
 
     def schedule(self) -> list[Span]:
         """The next step: a token of every job that is generating, then up to `chunk` of prompts, oldest first."""
         self._admit()
-        missing = [(each, len(each.token_ids) - each.computed) for each in self.running]
-        spans = [Span(each, each.computed, each.computed + 1) for each, count in missing if count == 1]
+        missing = [(each, each.length - each.computed) for each in self.running if not each.sated]
+        spans = [Span.of(each, 1) for each, count in missing if count == 1]
         budget = self.chunk
         for each, count in missing:
             size = min(count, budget)
             if count > 1 and size:
-                spans.append(Span(each, each.computed, each.computed + size))
+                spans.append(Span.of(each, size))
                 budget -= size
         return spans
 
@@ -101,7 +108,9 @@ class Scheduler:
         self.table.release(each.pages)
         if each.slot is not None:
             self.bank.unpin(each.slot)
-        each.pages, each.slot = (), None
+        if each.seat >= 0:
+            self._seats.append(each.seat)
+        each.pages, each.slot, each.seat = (), None, -1
 
     def _admit(self) -> None:
         """Start what can start, first come first served, except that jobs may pass one that cannot start yet.
@@ -121,6 +130,7 @@ class Scheduler:
             if seated and self._reserve(each):
                 self.waiting.remove(each)
                 self.running.append(each)
+                each.seat = self._seats.pop()
                 coming.update(self._makes(each))
                 for earlier in passed:
                     earlier.skips += 1

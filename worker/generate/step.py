@@ -26,13 +26,18 @@ def build_batch(spans: Sequence[Span], bank: LoraBank) -> Batch:
     longest = max(len(span.generation.pages) for span in spans)
     pages = [[*span.generation.pages, *[0] * (longest - len(span.generation.pages))] for span in spans]
     return Batch(
-        token_ids=torch.tensor([id for span in spans for id in span.generation.token_ids[span.start : span.end]]),
+        token_ids=torch.tensor([id for span in spans for id in _known(span)]),
         positions=torch.tensor([position for span in spans for position in range(span.start, span.end)]),
         sequence=torch.arange(len(spans)).repeat_interleave(sizes),
         page_table=torch.tensor(pages),
         logit_rows=torch.tensor(wanted, dtype=torch.int64),
         loras=_lora_rows(spans, starts, bank),
     )
+
+
+def _known(span: Span) -> list[int]:
+    """The span's tokens, 0 in the place of one that only the device knows."""
+    return [*span.generation.token_ids[span.start : span.end], *([0] if span.unknown else ())]
 
 
 def _lora_rows(spans: Sequence[Span], starts: Sequence[int], bank: LoraBank) -> tuple[LoraRows, ...]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +16,7 @@ from lorayard.kernels.lora import add_lora, add_mixed
 from lorayard.shared.errors import AdapterError, Refused, SlotBusy, UsageError
 from lorayard.shared.job import MAX_RANK_SUM
 
+from ..linear.linear import Shape
 from ..models.adapters import Adapter, Change
 from ..models.batch import LoraRows
 from ..models.model import linear_shapes
@@ -67,9 +68,13 @@ class LoraBank:
         self.max_rank = MAX_RANK_SUM if max_rank is None else max_rank
         self.swaps, self.width = 0, STEP
         self._slots = [_Slot() for _ in range(slots)]
-        self._shapes = {shape.name: shape for shape in linear_shapes(model.config)}
         self._residents: dict[torch.device, Resident] = {}
         self._clock = 0
+
+    @cached_property
+    def _shapes(self) -> dict[str, Shape]:
+        """The model's linears by name."""
+        return {shape.name: shape for shape in linear_shapes(self.model.config)}
 
     @property
     def _mixes(self) -> bool:
@@ -127,10 +132,12 @@ class LoraBank:
         slots = [self._slots[use.slot] for use in loras]
         return any(name in slot.stacked or name in slot.changes for slot in slots)
 
-    def graphable(self, loras: tuple[LoraRows, ...]) -> bool:
-        """Whether a captured graph can do all that the slots in use do: A and B at the layers' linears."""
-        slots = [self._slots[use.slot] for use in loras]
-        return self._mixes and not any(slot.changes or slot.stacked.keys() & {INPUT, OUTPUT} for slot in slots)
+    def graphable(self, slots: Collection[int]) -> bool:
+        """Whether a captured graph can do all that these slots do: A and B at the layers' linears."""
+        used = [self._slots[index] for index in slots]
+        return not used or (
+            self._mixes and not any(slot.changes or slot.stacked.keys() & {INPUT, OUTPUT} for slot in used)
+        )
 
     def receive(self, slots: Iterable[int]) -> None:
         """Let the current streams wait for what is on its way to these slots. `prepare` does it for eager steps."""

@@ -136,9 +136,7 @@ class Layer:
         self._gate_up = Joined([self.linears[last] for last in ("gate_proj", "up_proj")])
         self._down = Joined([self.linears["down_proj"]])
 
-    def forward(
-        self, h: Tensor, delta: Tensor | None, step: Step, k_pool: Pool, v_pool: Pool
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, h: Tensor, delta: Tensor | None, step: Step, k_pool: Pool, v_pool: Pool) -> tuple[Tensor, Tensor]:
         """h [T, hidden] and what is still to be added to it -> the same; writes the tokens' K and V, then attends."""
         h, x = self._add_norm("attention_in", h, delta)
         out = self._norm("attention_out", self._attention(x, step, k_pool, v_pool), h.dtype)
