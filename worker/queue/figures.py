@@ -9,7 +9,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lorayard.shared.scripts import Value
@@ -97,11 +97,12 @@ def read_nvml(nvml: Any, handles: Sequence[Any]) -> dict[str, Value]:
     found: dict[str, Value] = {}
     memory = [nvml.nvmlDeviceGetMemoryInfo(handle) for handle in handles]
     found["vram_used"], found["vram_total"] = sum(one.used for one in memory), sum(one.total for one in memory)
-    for name, read in (
-        ("util_percent", lambda each: nvml.nvmlDeviceGetUtilizationRates(each).gpu),
-        ("temperature_c", lambda each: nvml.nvmlDeviceGetTemperature(each, nvml.NVML_TEMPERATURE_GPU)),
-        ("power_w", lambda each: nvml.nvmlDeviceGetPowerUsage(each) / 1000),
-    ):
+    reads: dict[str, Callable[[Any], float]] = {
+        "util_percent": lambda each: nvml.nvmlDeviceGetUtilizationRates(each).gpu,
+        "temperature_c": lambda each: nvml.nvmlDeviceGetTemperature(each, nvml.NVML_TEMPERATURE_GPU),
+        "power_w": lambda each: nvml.nvmlDeviceGetPowerUsage(each) / 1000,
+    }
+    for name, read in reads.items():
         try:
             values = [read(handle) for handle in handles]
         except nvml.NVMLError:
@@ -111,9 +112,11 @@ def read_nvml(nvml: Any, handles: Sequence[Any]) -> dict[str, Value]:
     return found
 
 
-def cuda_uuids(devices: str) -> list[str]:
+def cuda_uuids(devices: str | tuple[str, ...]) -> list[str]:
     """UUIDs, as NVML writes them, of the GPUs that are named like `cuda:1`, else of all that this process sees."""
     import torch
 
-    named = [int(index) for index in re.findall(r"cuda:(\d+)", devices)] or range(torch.cuda.device_count())
+    named = [
+        int(index) for index in re.findall(r"cuda:(\d+)", " ".join([devices] if isinstance(devices, str) else devices))
+    ] or range(torch.cuda.device_count())
     return [f"GPU-{torch.cuda.get_device_properties(at).uuid}" for at in named]
