@@ -4,7 +4,7 @@
 // so that a row's bits depend on its own sequence alone. Queries of a rotated cache are rotated, and so is the result.
 #include "paged_cache.cuh"
 
-constexpr int ROWS = QUERIES * GROUP, HALVES = ROWS > 8 ? 2 : 1, STORED = HALVES * 8, ROW = DIM + 2;
+constexpr int ROWS = QUERIES * GROUP, HALVES = ROWS > 8 ? 2 : 1, ROW = DIM + 2;
 constexpr int STEPS = DIM / 16;
 constexpr float NOTHING = -1e30f;  // a maximum over no keys; finite, so that differences are
 using Key = Numbers<K_BITS, 4>;
@@ -26,11 +26,6 @@ struct Rows {  // columns 2 t and 2 t + 1 of a half, for lane 4 g + t
   u32 queries[HALVES][STEPS][2];
   int last[HALVES][2];  // position of the query
 };
-struct Block {  // of 16 keys: rows g and g + 8 of K, rows 2 t, 2 t + 1 and 8 more of V
-  Key keys[2];
-  Value values[4];
-};
-
 // Queries of the block, of the type of products, to shared memory.
 INLINE void stage_queries(u16* staged, const u16* q, const long long* tokens, int first, int lane) {
   for (int i = threadIdx.x; i < ROWS * DIM; i += WARPS * 32) {
@@ -66,23 +61,28 @@ INLINE void begin_rows(Rows& rows, const u16* staged, const long long* positions
   }
 }
 
-INLINE void load_keys(Block& block, const Pools& pools, size_t row, int lane) {
+// Sixteen keys from a row of the pools on to a stage: rows g and g + 8 of K, rows 2 t, 2 t + 1 and 8 more of V.
+constexpr int STAGE = 2 * Key::SLOT + 4 * Value::SLOT;
+INLINE void fetch(unsigned char* stage, const Pools& pools, size_t row, int lane) {
 #pragma unroll
-  for (int n = 0; n < 2; n++) block.keys[n].load(pools.k, pools.k_scales, row + n * 8 + lane / 4, lane % 4);
-}
-INLINE void load_values(Block& block, const Pools& pools, size_t row, int lane) {
+  for (int n = 0; n < 2; n++)
+    Key::fetch(stage + n * Key::SLOT, pools.k, pools.k_scales, row + n * 8 + lane / 4, lane % 4, lane);
 #pragma unroll
   for (int e = 0; e < 4; e++)
-    block.values[e].load(pools.v, pools.v_scales, row + lane % 4 * 2 + (e & 1) + (e >> 1) * 8, lane / 4);
+    Value::fetch(stage + 2 * Key::SLOT + e * Value::SLOT, pools.v, pools.v_scales,
+                 row + lane % 4 * 2 + (e & 1) + (e >> 1) * 8, lane / 4, lane);
 }
 
 // scores: keys g and g + 8, columns 2 t and 2 t + 1.
-INLINE void score(float (&scores)[HALVES][4], const Rows& rows, const Block& block, int lane) {
+INLINE void score(float (&scores)[HALVES][4], const Rows& rows, const unsigned char* stage, int lane) {
+  Key own[2];
+#pragma unroll
+  for (int n = 0; n < 2; n++) own[n].load(stage + n * Key::SLOT, lane);
 #pragma unroll
   for (int j = 0; j < STEPS; j++) {
     u32 keys[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) keys[i] = block.keys[i & 1].pair(j * 2 + (i >> 1), lane % 4);
+    for (int i = 0; i < 4; i++) keys[i] = own[i & 1].pair(j * 2 + (i >> 1), lane % 4);
 #pragma unroll
     for (int h = 0; h < HALVES; h++) multiply(scores[h], keys, rows.queries[h][j][0], rows.queries[h][j][1]);
   }
@@ -112,12 +112,15 @@ INLINE void weigh(u32 (&weights)[2], float* scores, Rows& rows, int h, int key, 
   weights[0] = transpose_8x8(pack(scores[0], scores[1])), weights[1] = transpose_8x8(pack(scores[2], scores[3]));
 }
 
-INLINE void add_values(Rows& rows, const Block& block, const u32 (&weights)[HALVES][2], int lane) {
+INLINE void add_values(Rows& rows, const unsigned char* stage, const u32 (&weights)[HALVES][2], int lane) {
+  Value own[4];
+#pragma unroll
+  for (int e = 0; e < 4; e++) own[e].load(stage + 2 * Key::SLOT + e * Value::SLOT, lane);
 #pragma unroll
   for (int u = 0; u < STEPS; u++) {
     u32 pairs[4], values[4];
 #pragma unroll
-    for (int e = 0; e < 4; e++) pairs[e] = block.values[e].pair(u, lane / 4);
+    for (int e = 0; e < 4; e++) pairs[e] = own[e].pair(u, lane / 4);
 #pragma unroll
     for (int i = 0; i < 4; i++)
       values[i] = permute(pairs[i & 2], pairs[(i & 2) + 1], i & 1 ? 0x7632 : 0x5410);
@@ -153,10 +156,11 @@ INLINE void store_rows(float* sums, const Rows& rows, int lane) {
   for (int h = 0; h < HALVES; h++)
 #pragma unroll
     for (int e = 0; e < 2; e++) {
-      float* row = sums + (h * 8 + lane % 4 * 2 + e) * ROW;
-      float total = rows.total[h][e];
+      const int column = h * 8 + lane % 4 * 2 + e;
+      float *row = sums + column * ROW, total = rows.total[h][e];
 #pragma unroll
       for (int lanes = 4; lanes < 32; lanes *= 2) total += __shfl_xor_sync(~0u, total, lanes);
+      if (column >= ROWS) continue;
       if (lane / 4 == 0) row[DIM] = rows.top[h][e], row[DIM + 1] = total;
 #pragma unroll
       for (int u = 0; u < STEPS; u++) {
@@ -166,16 +170,17 @@ INLINE void store_rows(float* sums, const Rows& rows, int lane) {
     }
 }
 
-constexpr int RESIDENT = (HALVES == 2 ? 8 : DIM == 128 && !CODES ? 12 : 16) / WARPS;  // blocks of an SM, for registers
+static_assert(STAGES * STAGE >= ROWS * ROW * 4, "the sums take the place of the stages");
+constexpr int RESIDENT = (HALVES == 2 ? 8 : 12) / WARPS;  // blocks of an SM, for registers
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
 paged_attention(const u16* __restrict__ q, const unsigned char* k_pool, const unsigned char* v_pool,
                 const unsigned char* k_scales, const unsigned char* v_scales, const long long* __restrict__ tokens,
                 const long long* __restrict__ positions, const long long* __restrict__ table, u16* __restrict__ out,
                 float* partial, int* arrived, int pages, int page, int window, float inner, float outer) {
-  DYNAMIC_SHARED(memory);
-  float* sums = (float*)memory;                         // [WARPS][STORED][ROW]: numbers, top, total
-  u16* staged = (u16*)(sums + WARPS * STORED * ROW);  // [ROWS][DIM]
+  DYNAMIC_SHARED(memory);                                   // [WARPS][STAGES] stages
+  float* sums = (float*)memory;                             // after them, [WARPS][ROWS][ROW]: numbers, top, total
+  u16* staged = (u16*)(memory + WARPS * STAGES * STAGE);    // [ROWS][DIM]
   __shared__ int place;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, split = blockIdx.x, head = blockIdx.y, block = blockIdx.z;
   const int tile = block / BLOCKS, begin = tile * STRIDE + block % BLOCKS * QUERIES;  // STRIDE queries, BLOCKS blocks
@@ -192,33 +197,40 @@ paged_attention(const u16* __restrict__ q, const unsigned char* k_pool, const un
   };
   int key = max(split * SPLIT, unseen / (WARPS * 16) * (WARPS * 16)) + warp * 16;
   if (key + 16 <= unseen) key += WARPS * 16;
-  Block keys;
-  const bool early = DECODING && key + 16 <= deepest;  // the kernel before this one writes the newest key
-  if (early) load_keys(keys, pools, row_of(key), lane), load_values(keys, pools, row_of(key), lane);
+  unsigned char* stages = memory + warp * STAGES * STAGE;
+  constexpr int TURN = WARPS * 16;
+  int fetched = 0;  // the kernel before this one writes the newest key
+  for (; DECODING && fetched < STAGES && key + fetched * TURN + 16 <= min(deepest, end); fetched++)
+    fetch(stages + fetched * STAGE, pools, row_of(key + fetched * TURN), lane), copy_commit();
   wait_for_previous();
+  for (; fetched < STAGES; fetched++) {
+    if (key + fetched * TURN < end) fetch(stages + fetched * STAGE, pools, row_of(key + fetched * TURN), lane);
+    copy_commit();
+  }
   stage_queries(staged, q, tokens + begin, head * GROUP, lane);
-  if (!early && key < end) load_keys(keys, pools, row_of(key), lane), load_values(keys, pools, row_of(key), lane);
   __syncthreads();
   Rows rows;
   begin_rows(rows, staged, positions + begin, lane);
-  for (; key < end; key += WARPS * 16) {
-    const int next = key + WARPS * 16;
+  for (unsigned char* stage = stages; key < end; key += TURN) {
     float scores[HALVES][4] = {};
     u32 weights[HALVES][2];
-    score(scores, rows, keys, lane);
-    if (next < end) load_keys(keys, pools, row_of(next), lane);
+    copy_wait<STAGES - 1>();
+    score(scores, rows, stage, lane);
 #pragma unroll
     for (int h = 0; h < HALVES; h++) weigh(weights[h], scores[h], rows, h, key, window, inner, outer, lane);
-    add_values(rows, keys, weights, lane);
-    if (next < end) load_values(keys, pools, row_of(next), lane);
+    add_values(rows, stage, weights, lane);
+    if (key + STAGES * TURN < end) fetch(stage, pools, row_of(key + STAGES * TURN), lane);
+    copy_commit();
+    stage = stage == stages + (STAGES - 1) * STAGE ? stages : stage + STAGE;
   }
-  store_rows(sums + warp * STORED * ROW, rows, lane);
+  __syncthreads();
+  store_rows(sums + warp * ROWS * ROW, rows, lane);
   __syncthreads();
   const size_t pair = (size_t)block * KV_HEADS + head;
   float* own = partial + (pair * gridDim.x + split) * ROWS * ROW;
   for (int i = threadIdx.x; i < ROWS * DIM; i += WARPS * 32) {
     const int row = i / DIM, d = in_order(i % DIM);
-    const Merged merged = merge(sums + row * ROW, d, WARPS, STORED * ROW);
+    const Merged merged = merge(sums + row * ROW, d, WARPS, ROWS * ROW);
     if (splits == 1) {
       write(out, tokens + begin, head, row, d, merged, lane);
     } else {

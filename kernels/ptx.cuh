@@ -90,11 +90,6 @@ INLINE float load_fresh(const float* p) {
   asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
   return v;
 }
-INLINE void copy_async(void* to, const void* from) {  // 16 bytes to shared memory; the thread that asked waits for them
-  const u32 at = (u32)__cvta_generic_to_shared(to);
-  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
-}
-INLINE void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 INLINE void fence_device() { __threadfence(); }
 INLINE int count_up(int* p) { return atomicAdd(p, 1); }
 INLINE u32 count_up(u32* p, u32 n) { return atomicAdd(p, n); }

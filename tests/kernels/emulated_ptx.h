@@ -59,8 +59,6 @@ inline void copy_commit() {}
 template <int PENDING> void copy_wait() {}
 inline float4 load_fresh(const float4* p) { return *p; }
 inline float load_fresh(const float* p) { return *p; }
-inline void copy_async(void* to, const void* from) { memcpy(to, from, 16); }
-inline void copy_async_wait() {}
 inline void fence_device() {}
 inline int count_up(int* p) { return (*p)++; }
 inline u32 count_up(u32* p, u32 n) { return (*p += n) - n; }
