@@ -48,14 +48,15 @@ INLINE void lora_shrink_unit(const LoraShrink& of, int unit, uint4* memory) {
 #pragma unroll
   for (int i = 0; i < D * 8; i++) {
     const int k = first + i / 2 * 32;
-    if (k < of.K) copy_async(weights + i * W * 32, own + (size_t)(i % 2 * 8) * of.K + k);
+    if (k < of.K) copy_async<16>(weights + i * W * 32, own + (size_t)(i % 2 * 8) * of.K + k);
     else weights[i * W * 32] = make_uint4(0, 0, 0, 0);
   }
+  copy_commit();
   int row[C];
 #pragma unroll
   for (int c = 0; c < C; c++) row[c] = rows[c * 8 + lane / 4];
   wait_for_previous();
-  copy_async_wait();
+  copy_wait<0>();
   float part_sums[C][4] = {};
 #pragma unroll
   for (int i = 0; i < D * 4; i++) {
