@@ -44,7 +44,7 @@ def spool(source: Input, folder: Path) -> Input:
             while block := sys.stdin.buffer.read(1 << 20):
                 file.write(block)
         (folder / "input.tmp").rename(kept)
-    return Input(str(kept), "jsonl" if source.format == "auto" else source.format, source.id)
+    return Input(str(kept.absolute()), "jsonl" if source.format == "auto" else source.format, source.id)
 
 
 def rows(source: Input) -> Iterator[Row]:
