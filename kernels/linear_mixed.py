@@ -69,6 +69,7 @@ def decode(x: Tensor, mixed: Mixed, bias: Tensor | None, y: Tensor, shape: Decod
         require("bias", bias, torch.float16, mixed.outputs, like=x)
     tiles, warps, flight, blocks = shape or _decode_shape(mixed)
     columns = 1 if len(x) <= 8 else 2
+    flight = min(flight, 20 if columns == 1 else 10)  # what the registers hold
     macros = {"TILES": tiles, "WARPS": warps, "FLIGHT": flight, "BLOCKS": blocks, "COLUMNS": columns}
     kernel = Kernel("mixed_decode", tuple((macros | {"ZEROS": int(mixed.zeros is not None)}).items()))
     grid = len(mixed.words) // tiles, -(-len(x) // (8 * columns)), 1
@@ -79,9 +80,11 @@ def decode(x: Tensor, mixed: Mixed, bias: Tensor | None, y: Tensor, shape: Decod
 def _decode_shape(mixed: Mixed) -> DecodeShape:
     """As many blocks as fill an H200, and the rest of the work shared by warps."""
     blocks = len(mixed.words) * TILE // BLOCK
-    if blocks > 128:
-        return DecodeShape(2, 4, 20, 4)
-    return DecodeShape(2, 8, 20, 2) if blocks > 64 else DecodeShape(2, 16, 20, 1)
+    if blocks > 256:
+        return DecodeShape(2, 4, 10, 4)
+    if blocks > 64:
+        return DecodeShape(2, 8, 20, 2)
+    return DecodeShape(2, 16, 10, 1) if blocks > 16 else DecodeShape(1, 16, 10, 1)
 
 
 def _weights(mixed: Mixed) -> tuple[Tensor, Tensor, Tensor | None]:

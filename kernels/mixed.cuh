@@ -18,36 +18,42 @@ template <int BITS> INLINE void read_words(u32* words, const u32* from, int lane
 
 INLINE u32 in_both(int mask) { return (u32)mask << 16 | (u32)mask; }
 
-// 1024 + q of pair i = 4 j + 2 p + h, both halves: row l/4 + 8 h, columns 16 (l%4) + 4 j + 2 p + {0, 1}.
-template <int BITS> INLINE u32 number_pair(const u32* words, int i) {
-  constexpr int LOW = BITS == 8 ? 8 : BITS >= 4 ? 4 : 2, HIGH = BITS - LOW;
-  u32 pair = words[i * LOW / 16] >> i * LOW % 16 & in_both((1 << LOW) - 1) | 0x64006400u;
-  if (HIGH) {
-    const int shift = i * HIGH % 16 - LOW;
-    const u32 word = words[LOW + i * HIGH / 16], moved = shift < 0 ? word << -shift : word >> shift;
-    pair |= moved & in_both(((1 << HIGH) - 1) << LOW);
-  }
-  return pair;
-}
+// Pair i = 4 j + 2 p + h has row l/4 + 8 h, columns 16 (l%4) + 4 j + 2 p + {0, 1}. Its lowest bits are read where they
+// are, at bit `position` of both halves after a shift by whole bytes: under the exponent of base(i) they count as ones.
+template <int BITS> struct Pair {
+  static constexpr int LOW = BITS == 8 ? 8 : BITS >= 4 ? 4 : 2, HIGH = BITS - LOW;
+  static INLINE int position(int i) { return i * LOW % 8; }
+  static INLINE u32 base(int i) { return in_both(0x6400 - (position(i) << 10)); }
 
-struct Levels {  // scale and 1024 + zero point of rows r and r + 8, each in both halves of a word
+  static INLINE u32 read(const u32* words, int i) {  // base(i) + q
+    const int at = position(i);
+    u32 pair = words[i * LOW / 16] >> (i * LOW % 16 & 8) & in_both((1 << LOW) - 1 << at) | base(i);
+    if (HIGH) {
+      const int shift = i * HIGH % 16 - LOW - at;
+      const u32 word = words[LOW + i * HIGH / 16], moved = shift < 0 ? word << -shift : word >> shift;
+      pair |= moved & in_both((1 << HIGH) - 1 << LOW + at);
+    }
+    return pair;
+  }
+};
+
+struct Levels {  // scale and negative zero point of rows r and r + 8, each in both halves of a word
   u32 scale[2], zero[2];
 };
 
-template <int BITS> INLINE Levels read_levels(u32 scales, u32 zeros) {
+INLINE Levels read_levels(u32 scales, u32 zeros) {
   Levels levels;
   levels.scale[0] = permute(scales, 0, 0x1010), levels.scale[1] = permute(scales, 0, 0x3232);
-#if ZEROS
-  levels.zero[0] = permute(zeros, 0, 0x1010), levels.zero[1] = permute(zeros, 0, 0x3232);
-#else
-  levels.zero[0] = levels.zero[1] = in_both(0x6400 + (1 << BITS - 1));
-#endif
+  if (ZEROS) levels.zero[0] = permute(zeros, 0, 0x1010), levels.zero[1] = permute(zeros, 0, 0x3232);
   return levels;
 }
 
-// The difference is exact and the product is rounded once.
+// The differences are exact and the product is rounded once.
 template <int BITS> INLINE u32 dequantise_pair(const u32* words, const Levels& levels, int i) {
-  return multiply_halves(subtract_halves(number_pair<BITS>(words, i), levels.zero[i & 1]), levels.scale[i & 1]);
+  const int middle = 1 << BITS - 1 + Pair<BITS>::position(i);
+  const u32 base = Pair<BITS>::base(i);
+  const u32 zero = ZEROS ? subtract_halves(base, levels.zero[i & 1]) : base + in_both(middle);
+  return multiply_halves(subtract_halves(Pair<BITS>::read(words, i), zero), levels.scale[i & 1]);
 }
 
 // Where the columns of one width begin in a row of tiles: steps, words of a lane, groups.

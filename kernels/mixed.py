@@ -7,7 +7,7 @@ Lane l holds rows l/4 and l/4 + 8 and columns 16 (l%4) to 16 (l%4) + 15. Of a pl
 (row l/4 + 8 h, column 4 j + 2 p + e) is in word i w / 16, from bit i w % 16 + 16 e on. The highest plane but 8 bits'
 only one holds the lowest bits of the numbers.
 words int32 [N/16, words of all steps]. scales fp16 [N/16, G, 8, 2]: of rows r and r + 8. zeros fp16, as the scales:
-1024 + z, or None where every zero point is 2^(b-1). N is filled up to a multiple of 64.
+-z, or None where every zero point is 2^(b-1). N is filled up to a multiple of 64.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def _lay_out(parts: Sequence[Part], inputs: int) -> Mixed | None:
             words.append(_pack_levels(levels, width))
             scales.append(_per_group(part.scales, part.sizes, shift, steps))
             if part.zeros is not None:
-                zeros.append(_per_group(part.zeros.half() + 1024, part.sizes, shift, steps))
+                zeros.append(_per_group(-part.zeros.half(), part.sizes, shift, steps))
             order.append(torch.nn.functional.pad(part.inputs, (0, fill), value=-1))
         widths.append((end, shift))
     stored = torch.cat(order).int()

@@ -52,7 +52,7 @@ struct Share {  // of a warp
   template <int BITS> INLINE void multiply(const Weights<BITS>& weights, const Tokens& tokens) {
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
-      const Levels levels = read_levels<BITS>(weights.scales[t], weights.zeros[t]);
+      const Levels levels = read_levels(weights.scales[t], weights.zeros[t]);
 #pragma unroll
       for (int j = 0; j < 4; j++) {
         u32 a[4];

@@ -11,7 +11,7 @@ struct Source {
     const int offset = step - place.step;
     if (offset < 0 || step >= layout >> 5) return;
     const int at = (place.group + (offset * 64 + lane % 4 * 16 >> (layout & 31))) * 8 + lane / 4;
-    const Levels levels = read_levels<BITS>(scales[at], ZEROS ? zeros[at] : 0);
+    const Levels levels = read_levels(scales[at], ZEROS ? zeros[at] : 0);
     u32 numbers[BITS], pairs[2][8];
     read_words<BITS>(numbers, words + ((size_t)place.words + offset * BITS) * 32, lane);
 #pragma unroll
