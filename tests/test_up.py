@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 
@@ -88,6 +90,9 @@ def test_it_answers_repairs_itself_and_stops_cleanly(yard):
     assert yard.answer("What is a list?")["ev"] == "done"
     for name in ("model     base", "bullets, json, shout", "redis-cli -s", "lorayard submit"):
         assert name in yard.said()
+    [page] = re.findall(r"monitor +(http://127\.0\.0\.1:\d+)", yard.said())
+    with urlopen(f"{page}/api/state", timeout=20) as answer:
+        assert [gpu["state"] for gpu in json.load(answer)["yard"]["gpus"]] == ["ready"]
     for pid in yard.family:
         assert not any(
             "redis.sock" in word for word in command_line(pid)[1:] if "://" in word
