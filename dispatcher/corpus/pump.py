@@ -253,8 +253,9 @@ class Pump:
 
     def _fail(self, request: Request, code: str, reason: str) -> None:
         self.counts.failed += 1
+        name, why = (text.encode(errors="replace").decode() for text in (request.name, reason))
         self._ended[request.position] = Ended(
-            request.position, request.name, request.key, FAILED, "", request.adapter, 0, code, reason
+            request.position, name, request.key, FAILED, "", request.adapter, 0, code, why
         )  # fmt: skip
 
     def _flush(self, at_once: bool = False) -> None:

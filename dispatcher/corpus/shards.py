@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ TEXT_COLUMNS = {
 }  # fmt: skip
 """What the yard adds to the input's columns; a column of the input with such a name becomes input_NAME."""
 
+SURROGATE = re.compile("[\ud800-\udfff]")
 GROUP = 10_000
 """Rows of a row group."""
 
@@ -51,6 +53,8 @@ def fitted(columns: Mapping[str, Any], types: Mapping[str, str]) -> dict[str, An
         elif value is not None and _type({type(value)}) != kind:
             if kind != "double" or type(value) is not int:
                 raise ValueError(f"column {name} holds {kind} in the first rows, and {str(value)[:60]!r} here")
+        if isinstance(value, str) and not value.isascii() and SURROGATE.search(value):
+            raise ValueError(f"column {name} holds half of a surrogate pair, which is no character")
         fit[f"input_{name}" if name in TEXT_COLUMNS else name] = value
     if extra := columns.keys() - types.keys():
         raise ValueError(f"column {sorted(extra)[0]} is not in the first rows")

@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from lorayard.dispatcher.corpus.folder import Folder
 from lorayard.dispatcher.corpus.progress import Swaps
 from lorayard.dispatcher.corpus.source import count_rows, rows
 from lorayard.dispatcher.corpus.spec import Input
@@ -84,3 +85,12 @@ def test_rows_come_from_wherever_fsspec_reaches(tmp_path: Path, where: str) -> N
     source = Input(f"{folder}/*.*")
     assert [row.columns["id"] for row in rows(source)] == [f"r{at}" for at in range(5)]
     assert count_rows(source) == (None if where.startswith("memory") else 5)
+
+
+def test_half_a_surrogate_pair_fails_its_row_alone(yard: LiveYard, tmp_path: Path) -> None:
+    bad = [{"id": "\ud83d", "prompt": "p", "who": ""}, {"id": "x", "prompt": "\ud83d", "who": ""}, {"id": "\ud83d"}]
+    source = write(tmp_path / "in.jsonl", [*many(5), *bad])
+    assert pump(yard, tmp_path / "out", source).run()
+    whole(tmp_path / "out", 5)
+    failed = [(one.name, one.code) for one in Folder.open(tmp_path / "out").ledger.failed()]
+    assert failed == [("?", "bad_row"), ("x", "bad_row"), ("?", "bad_row")]
