@@ -26,6 +26,11 @@ struct Rows {  // columns 2 t and 2 t + 1 of a half, for lane 4 g + t
   u32 queries[HALVES][STEPS][2];
   int last[HALVES][2];  // position of the query
 };
+struct Block {  // of 16 keys: rows g and g + 8 of K, rows 2 t, 2 t + 1 and 8 more of V
+  Key keys[2];
+  Value values[4];
+};
+
 // Queries of the block, of the type of products, to shared memory.
 INLINE void stage_queries(u16* staged, const u16* q, const long long* tokens, int first, int lane) {
   for (int i = threadIdx.x; i < ROWS * DIM; i += WARPS * 32) {
@@ -61,28 +66,23 @@ INLINE void begin_rows(Rows& rows, const u16* staged, const long long* positions
   }
 }
 
-// Sixteen keys from a row of the pools on to a stage: rows g and g + 8 of K, rows 2 t, 2 t + 1 and 8 more of V.
-constexpr int STAGE = 2 * Key::SLOT + 4 * Value::SLOT;
-INLINE void fetch(unsigned char* stage, const Pools& pools, size_t row, int lane) {
+INLINE void load_keys(Block& block, const Pools& pools, size_t row, int lane) {
 #pragma unroll
-  for (int n = 0; n < 2; n++)
-    Key::fetch(stage + n * Key::SLOT, pools.k, pools.k_scales, row + n * 8 + lane / 4, lane % 4, lane);
+  for (int n = 0; n < 2; n++) block.keys[n].load(pools.k, pools.k_scales, row + n * 8 + lane / 4, lane % 4);
+}
+INLINE void load_values(Block& block, const Pools& pools, size_t row, int lane) {
 #pragma unroll
   for (int e = 0; e < 4; e++)
-    Value::fetch(stage + 2 * Key::SLOT + e * Value::SLOT, pools.v, pools.v_scales,
-                 row + lane % 4 * 2 + (e & 1) + (e >> 1) * 8, lane / 4, lane);
+    block.values[e].load(pools.v, pools.v_scales, row + lane % 4 * 2 + (e & 1) + (e >> 1) * 8, lane / 4);
 }
 
 // scores: keys g and g + 8, columns 2 t and 2 t + 1.
-INLINE void score(float (&scores)[HALVES][4], const Rows& rows, const unsigned char* stage, int lane) {
-  Key own[2];
-#pragma unroll
-  for (int n = 0; n < 2; n++) own[n].load(stage + n * Key::SLOT, lane);
+INLINE void score(float (&scores)[HALVES][4], const Rows& rows, const Block& block, int lane) {
 #pragma unroll
   for (int j = 0; j < STEPS; j++) {
     u32 keys[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) keys[i] = own[i & 1].pair(j * 2 + (i >> 1), lane % 4);
+    for (int i = 0; i < 4; i++) keys[i] = block.keys[i & 1].pair(j * 2 + (i >> 1), lane % 4);
 #pragma unroll
     for (int h = 0; h < HALVES; h++) multiply(scores[h], keys, rows.queries[h][j][0], rows.queries[h][j][1]);
   }
@@ -112,15 +112,12 @@ INLINE void weigh(u32 (&weights)[2], float* scores, Rows& rows, int h, int key, 
   weights[0] = transpose_8x8(pack(scores[0], scores[1])), weights[1] = transpose_8x8(pack(scores[2], scores[3]));
 }
 
-INLINE void add_values(Rows& rows, const unsigned char* stage, const u32 (&weights)[HALVES][2], int lane) {
-  Value own[4];
-#pragma unroll
-  for (int e = 0; e < 4; e++) own[e].load(stage + 2 * Key::SLOT + e * Value::SLOT, lane);
+INLINE void add_values(Rows& rows, const Block& block, const u32 (&weights)[HALVES][2], int lane) {
 #pragma unroll
   for (int u = 0; u < STEPS; u++) {
     u32 pairs[4], values[4];
 #pragma unroll
-    for (int e = 0; e < 4; e++) pairs[e] = own[e].pair(u, lane / 4);
+    for (int e = 0; e < 4; e++) pairs[e] = block.values[e].pair(u, lane / 4);
 #pragma unroll
     for (int i = 0; i < 4; i++)
       values[i] = permute(pairs[i & 2], pairs[(i & 2) + 1], i & 1 ? 0x7632 : 0x5410);
@@ -170,17 +167,16 @@ INLINE void store_rows(float* sums, const Rows& rows, int lane) {
     }
 }
 
-static_assert(STAGES * STAGE >= ROWS * ROW * 4, "the sums take the place of the stages");
-constexpr int RESIDENT = (HALVES == 2 ? 8 : 12) / WARPS;  // blocks of an SM, for registers
+constexpr int RESIDENT = (HALVES == 2 ? 8 : DIM == 128 && !CODES ? 12 : 16) / WARPS;  // blocks of an SM, for registers
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
 paged_attention(const u16* __restrict__ q, const unsigned char* k_pool, const unsigned char* v_pool,
                 const unsigned char* k_scales, const unsigned char* v_scales, const long long* __restrict__ tokens,
                 const long long* __restrict__ positions, const long long* __restrict__ table, u16* __restrict__ out,
                 float* partial, int* arrived, int pages, int page, int window, float inner, float outer) {
-  DYNAMIC_SHARED(memory);                                   // [WARPS][STAGES] stages
-  float* sums = (float*)memory;                             // after them, [WARPS][ROWS][ROW]: numbers, top, total
-  u16* staged = (u16*)(memory + WARPS * STAGES * STAGE);    // [ROWS][DIM]
+  DYNAMIC_SHARED(memory);
+  float* sums = (float*)memory;                         // [WARPS][ROWS][ROW]: numbers, top, total
+  u16* staged = (u16*)(sums + WARPS * ROWS * ROW);    // [ROWS][DIM]
   __shared__ int place;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, split = blockIdx.x, head = blockIdx.y, block = blockIdx.z;
   const int tile = block / BLOCKS, begin = tile * STRIDE + block % BLOCKS * QUERIES;  // STRIDE queries, BLOCKS blocks
@@ -197,33 +193,26 @@ paged_attention(const u16* __restrict__ q, const unsigned char* k_pool, const un
   };
   int key = max(split * SPLIT, unseen / (WARPS * 16) * (WARPS * 16)) + warp * 16;
   if (key + 16 <= unseen) key += WARPS * 16;
-  unsigned char* stages = memory + warp * STAGES * STAGE;
-  constexpr int TURN = WARPS * 16;
-  int fetched = 0;  // the kernel before this one writes the newest key
-  for (; DECODING && fetched < STAGES && key + fetched * TURN + 16 <= min(deepest, end); fetched++)
-    fetch(stages + fetched * STAGE, pools, row_of(key + fetched * TURN), lane), copy_commit();
+  Block keys;
+  const bool early = DECODING && key + 16 <= deepest;  // the kernel before this one writes the newest key
+  if (early) load_keys(keys, pools, row_of(key), lane), load_values(keys, pools, row_of(key), lane);
   wait_for_previous();
-  for (; fetched < STAGES; fetched++) {
-    if (key + fetched * TURN < end) fetch(stages + fetched * STAGE, pools, row_of(key + fetched * TURN), lane);
-    copy_commit();
-  }
   stage_queries(staged, q, tokens + begin, head * GROUP, lane);
+  if (!early && key < end) load_keys(keys, pools, row_of(key), lane), load_values(keys, pools, row_of(key), lane);
   __syncthreads();
   Rows rows;
   begin_rows(rows, staged, positions + begin, lane);
-  for (unsigned char* stage = stages; key < end; key += TURN) {
+  for (; key < end; key += WARPS * 16) {
+    const int next = key + WARPS * 16;
     float scores[HALVES][4] = {};
     u32 weights[HALVES][2];
-    copy_wait<STAGES - 1>();
-    score(scores, rows, stage, lane);
+    score(scores, rows, keys, lane);
+    if (next < end) load_keys(keys, pools, row_of(next), lane);
 #pragma unroll
     for (int h = 0; h < HALVES; h++) weigh(weights[h], scores[h], rows, h, key, window, inner, outer, lane);
-    add_values(rows, stage, weights, lane);
-    if (key + STAGES * TURN < end) fetch(stage, pools, row_of(key + STAGES * TURN), lane);
-    copy_commit();
-    stage = stage == stages + (STAGES - 1) * STAGE ? stages : stage + STAGE;
+    add_values(rows, keys, weights, lane);
+    if (next < end) load_values(keys, pools, row_of(next), lane);
   }
-  __syncthreads();
   store_rows(sums + warp * ROWS * ROW, rows, lane);
   __syncthreads();
   const size_t pair = (size_t)block * KV_HEADS + head;

@@ -14,8 +14,6 @@ from .pool_memory import FLOATS, forms_of, memory
 
 SPLIT, WARPS = 256, 4
 """Keys that a block of threads reads, and its warps; always the same, for the bits of a row hang on them."""
-AHEAD = 72 << 10
-"""Bytes of keys that a block of threads waits for at once: three blocks share a multiprocessor."""
 DIMS = (64, 128)
 LOG2_E = math.log2(math.e)
 MOST = 1 << 30
@@ -76,11 +74,9 @@ def attend_pages(
     macros = {"QUERIES": queries, "GROUP": group, "HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim, "SPLIT": SPLIT}
     macros |= {"STRIDE": tile, "BLOCKS": parts, "WARPS": WARPS, "DECODING": int(decoding)}
     macros |= {"K_BITS": forms[0], "V_BITS": forms[1], "POOL_BFLOAT": int(forms[2])}
-    stage = 2 * dim * (forms[0] + forms[1]) + (0 if forms[0] == 16 else 32 * 6 * dim // 16)
-    stages = max(2, min(4, AHEAD // (WARPS * stage)))
-    macros |= {"STAGES": stages, "BFLOAT": int(q.dtype == torch.bfloat16)}
+    macros |= {"BFLOAT": int(q.dtype == torch.bfloat16)}
     inner, outer = (scale / cap, cap * LOG2_E) if cap else (scale * LOG2_E, 0.0)
     tables = rows, positions, pages, out, partial, arrived, pages.shape[1], page, window or 1 << 30
-    shared = WARPS * stages * stage + queries * group * dim * 2
+    shared = queries * group * (WARPS * (dim + 2) * 4 + dim * 2)
     kernel, grid = Kernel("paged_attention", tuple(macros.items())), (splits, kv_heads, tiles * parts)
     return Launch(kernel, grid, 32 * WARPS, (q, *memory(pools, q), *tables, inner, outer), shared)

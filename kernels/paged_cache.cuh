@@ -7,33 +7,23 @@
 constexpr bool CODES = K_BITS < 16;
 constexpr int PARTS = DIM / 64;  // runs that are rotated together
 
-// A lane's part of a row of K: `part` of 4; of a row of V: `part` of 8. It comes through SLOT bytes of shared memory for
-// a warp, in which each lane has places of its own.
+template <int BYTES> INLINE void load_words(u32* to, const unsigned char* from) {
+  if constexpr (BYTES == 16) *(uint4*)to = load_once((const uint4*)from);
+  if constexpr (BYTES == 8) *(uint2*)to = load_once((const uint2*)from);
+  if constexpr (BYTES == 4) *to = load_once((const u32*)from);
+}
+
+// A lane's part of a row of K: `part` of 4; of a row of V: `part` of 8.
 template <int BITS, int LANES> struct Numbers {
   static constexpr int BYTES = LANES == 8 ? BITS : BITS == 4 ? 8 : 16, LOADS = DIM * BITS / 8 / LANES / BYTES;
-  static constexpr int SCALES = BITS < 16 ? PARTS * 4 : 0, SLOT = 32 * (BYTES * LOADS + SCALES);
   alignas(16) u32 words[DIM * BITS / 32 / LANES];
-  u32 scales[PARTS];
+  alignas(8) u32 scales[BITS < 16 ? PARTS : 2];
 
-  static INLINE void fetch(unsigned char* slot, const unsigned char* pool, const unsigned char* scale_pool, size_t row,
-                           int part, int lane) {
+  INLINE void load(const unsigned char* pool, const unsigned char* scale_pool, size_t row, int part) {
 #pragma unroll
     for (int i = 0; i < LOADS; i++)
-      copy_async<BYTES>(slot + (i * 32 + lane) * BYTES, pool + row * (DIM * BITS / 8) + (i * LANES + part) * BYTES);
-    if constexpr (BITS < 16) copy_async<SCALES>(slot + 32 * BYTES * LOADS + lane * SCALES, scale_pool + row * SCALES);
-  }
-
-  INLINE void load(const unsigned char* slot, int lane) {
-#pragma unroll
-    for (int i = 0; i < LOADS; i++) {
-      const unsigned char* from = slot + (i * 32 + lane) * BYTES;
-      if constexpr (BYTES == 16) *(uint4*)(words + i * 4) = *(const uint4*)from;
-      if constexpr (BYTES == 8) *(uint2*)(words + i * 2) = *(const uint2*)from;
-      if constexpr (BYTES == 4) words[i] = *(const u32*)from;
-    }
-#pragma unroll
-    for (int i = 0; i < PARTS && BITS < 16; i++)
-      scales[i] = *(const u32*)(slot + 32 * BYTES * LOADS + lane * SCALES + i * 4);
+      load_words<BYTES>(words + i * BYTES / 4, pool + row * (DIM * BITS / 8) + (i * LANES + part) * BYTES);
+    if constexpr (BITS < 16) load_words<PARTS * 4>(scales, scale_pool + row * (PARTS * 4));
   }
 
   // Pair x of the lane's, in fp16 or bf16.
