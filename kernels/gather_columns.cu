@@ -2,7 +2,7 @@
 #include "ptx.cuh"
 
 extern "C" __global__ void __launch_bounds__(128)
-gather_columns(const u16* __restrict__ x, const uint4* __restrict__ order, uint4* __restrict__ out, int K, int columns) {
+gather_columns(const u16* x, const uint4* __restrict__ order, uint4* out, int K, int columns) {
   const int at = blockIdx.x * 128 + threadIdx.x;
   let_next_begin();
   if (at * 8 >= columns) return;

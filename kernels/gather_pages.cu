@@ -32,7 +32,7 @@ INLINE void gather(u16* out, const unsigned char* pool, const u16* scales, size_
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 gather_pages(const unsigned char* k_pool, const unsigned char* v_pool, const u16* k_scales, const u16* v_scales,
-             const long long* __restrict__ pages, u16* __restrict__ k, u16* __restrict__ v, int page) {
+             const long long* pages, u16* k, u16* v, int page) {
   const int part = blockIdx.x % SHARES, index = blockIdx.x / SHARES, head = blockIdx.y, rows = page / SHARES;
   let_next_begin();
   wait_for_previous();

@@ -160,9 +160,11 @@ def _mid_shape(q4: Q4, tokens: int) -> MidShape:
     tile = next(n for n in (16, 32, 64, 128) if n >= min(tokens, 128))
     pairs = 2 - blocks % 2
     if blocks >= 256 or steps < 8:
-        return MidShape(pairs, 64, 1, 2) if tokens > 128 else MidShape(pairs, tile, 1, 1 if tile == 128 else 2)
+        return MidShape(pairs, tile, 1, 1 if tile == 128 else 2)
+    if tokens > 128:
+        return MidShape(pairs, tile, 1 if blocks > 64 else 2, 1)
     if blocks > 64:
-        return MidShape(1, tile, 2 if tokens > 128 else 4, 3)
+        return MidShape(1, tile, 4, 3)
     return MidShape(1, tile, 4, 3) if tile == 16 else MidShape(pairs, tile, 4, 1)
 
 

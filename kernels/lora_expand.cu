@@ -34,8 +34,8 @@ INLINE void gather(u32* to, int pitch, const float* h, const int* rows, int rank
 INLINE u32 add(u32 pair, float low, float high) { return narrow(widen_low(pair) + low, widen_high(pair) + high); }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-lora_expand(const u64* __restrict__ table, const int* __restrict__ slots, const int* __restrict__ rows,
-            const float* __restrict__ h, u16* __restrict__ y, int stride, int module, int parts, int width, int T, int K,
+lora_expand(const u64* table, const int* slots, const int* rows,
+            const float* h, u16* y, int stride, int module, int parts, int width, int T, int K,
             int N, int second, int third) {
   DYNAMIC_SHARED(memory);
   u32* shared = (u32*)memory;  // [TOKENS, width / 2 + 8]

@@ -3,8 +3,8 @@
 #include "lora.cuh"
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-lora_shrink(const u64* __restrict__ table, const int* __restrict__ slots, const int* __restrict__ rows,
-            const float* __restrict__ scales, const u16* __restrict__ x, float* __restrict__ h, int stride, int module,
+lora_shrink(const u64* table, const int* slots, const int* rows,
+            const float* scales, const u16* x, float* h, int stride, int module,
             int parts, int width, int T, int K) {
   __shared__ uint4 memory[WARPS * DEPTH * 256 + WARPS * COLUMNS * 32];
   let_next_begin();

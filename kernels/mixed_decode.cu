@@ -106,7 +106,7 @@ INLINE void store(u16* y, const float* sums, const u16* bias, int first, int cou
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 mixed_decode(const u32* __restrict__ words, const u32* __restrict__ scales, const u32* __restrict__ zeros,
-             const u16* __restrict__ bias, const u16* __restrict__ x, u16* __restrict__ y, int M, int N, int stride,
+             const u16* __restrict__ bias, const u16* x, u16* y, int M, int N, int stride,
              int groups, int w8, int w6, int w5, int w4, int w3, int w2) {
   DYNAMIC_SHARED(memory);
   float* sums = (float*)memory;  // [WARPS][TOKENS][ROWS]

@@ -27,7 +27,7 @@ struct Source {
 
 extern "C" __global__ void __launch_bounds__(256)
 mixed_dequantise(const u32* __restrict__ words, const u32* __restrict__ scales, const u32* __restrict__ zeros,
-                 u16* __restrict__ out, int stride, int groups, int w8, int w6, int w5, int w4, int w3, int w2) {
+                 u16* out, int stride, int groups, int w8, int w6, int w5, int w4, int w3, int w2) {
   const int lane = threadIdx.x % 32, tile = blockIdx.y, steps = w2 >> 5, step = blockIdx.x * 8 + threadIdx.x / 32;
   const size_t level = (size_t)tile * groups * 8;
   let_next_begin();

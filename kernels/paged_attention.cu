@@ -170,9 +170,9 @@ INLINE void store_rows(float* sums, const Rows& rows, int lane) {
 constexpr int RESIDENT = (HALVES == 2 ? 8 : DIM == 128 && !CODES ? 12 : 16) / WARPS;  // blocks of an SM, for registers
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
-paged_attention(const u16* __restrict__ q, const unsigned char* k_pool, const unsigned char* v_pool,
-                const unsigned char* k_scales, const unsigned char* v_scales, const long long* __restrict__ tokens,
-                const long long* __restrict__ positions, const long long* __restrict__ table, u16* __restrict__ out,
+paged_attention(const u16* q, const unsigned char* k_pool, const unsigned char* v_pool,
+                const unsigned char* k_scales, const unsigned char* v_scales, const long long* tokens,
+                const long long* positions, const long long* table, u16* out,
                 float* partial, int* arrived, int pages, int page, int window, float inner, float outer) {
   DYNAMIC_SHARED(memory);
   float* sums = (float*)memory;                         // [WARPS][ROWS][ROW]: numbers, top, total

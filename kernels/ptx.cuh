@@ -98,6 +98,8 @@ INLINE u32 count_up(u32* p, u32 n) { return atomicAdd(p, n); }
 
 #if __CUDA_ARCH__ >= 900
 INLINE void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
+// What an earlier kernel wrote is read after this, and through pointers without __restrict__: with it, a load may be
+// moved before this, or be given what the read-only cache still holds from before.
 INLINE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 #else
 INLINE void let_next_begin() {}

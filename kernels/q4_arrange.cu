@@ -2,7 +2,7 @@
 #include "image.cuh"
 
 extern "C" __global__ void __launch_bounds__(128)
-q4_arrange(const u16* __restrict__ x, const long long* __restrict__ order, u32* __restrict__ image, int T, int padded,
+q4_arrange(const u16* x, const long long* __restrict__ order, u32* image, int T, int padded,
            int K) {
   const int eight = blockIdx.x * 8 + threadIdx.x % 8, token = blockIdx.y * 16 + threadIdx.x / 8;
   let_next_begin();

@@ -82,8 +82,8 @@ INLINE void store(u16* y, const float* sums, const float* factors, const u16* bi
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 q4_decode(const uint4* __restrict__ weights, const u32* __restrict__ scales, const u32* __restrict__ zeros,
-          const float* __restrict__ factors, const u16* __restrict__ bias, const u16* __restrict__ x,
-          u16* __restrict__ y, int M, int N, int K) {
+          const float* __restrict__ factors, const u16* __restrict__ bias, const u16* x,
+          u16* y, int M, int N, int K) {
   DYNAMIC_SHARED(memory);
   float* sums = (float*)memory;  // [WARPS][TOKENS][ROWS]
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, steps = K / 128;

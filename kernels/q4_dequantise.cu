@@ -8,7 +8,7 @@ INLINE u32 scale_pair(u32 pair, float factor) {
 
 extern "C" __global__ void __launch_bounds__(256)
 q4_dequantise(const uint4* __restrict__ weights, const u32* __restrict__ scales, const u32* __restrict__ zeros,
-              const float* __restrict__ factors, u16* __restrict__ out, int K) {
+              const float* __restrict__ factors, u16* out, int K) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tile = blockIdx.y * 4 + warp / 2, half = warp % 2;
   __shared__ uint4 tile_rows[64][17];  // 16 bytes more, so that rows begin in different banks
   let_next_begin();

@@ -124,8 +124,8 @@ INLINE void store_part(float* partial, const float* sums, const float* factors, 
 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, BLOCKS)
 q4_mid(const char* __restrict__ weights, const char* __restrict__ scales, const char* __restrict__ zeros,
-       const float* __restrict__ factors, const u16* __restrict__ bias, const char* __restrict__ x, u16* __restrict__ y,
-       float* __restrict__ partial, int M, int padded, int N, int width, int K) {
+       const float* __restrict__ factors, const u16* __restrict__ bias, const char* x, u16* y,
+       float* partial, int M, int padded, int N, int width, int K) {
   DYNAMIC_SHARED(memory);
   const int split = blockIdx.y % SPLITS, first = blockIdx.y / SPLITS * ROWS, token = blockIdx.x * TOKENS;
   const int all = K / 128, begin = all * split / SPLITS, end = all * (split + 1) / SPLITS, group = begin * 128 / GROUP;

@@ -46,8 +46,8 @@ INLINE uint4 read(const void* x, const u16* bias, size_t row, int i, int stride)
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-rms_norm(const void* __restrict__ x, const u16* __restrict__ bias, const uint4* __restrict__ residual,
-         const uint4* __restrict__ weight, uint4* __restrict__ sum, uint4* __restrict__ y, u32* __restrict__ image,
+rms_norm(const void* x, const u16* __restrict__ bias, const uint4* residual,
+         const uint4* __restrict__ weight, uint4* sum, uint4* y, u32* image,
          int stride, int padded, float eps) {
   const size_t row = (size_t)blockIdx.x * FOURS;
   let_next_begin();

@@ -48,10 +48,10 @@ template <int BITS> INLINE void keep(unsigned char* pool, u16* scales, size_t ro
 }
 
 extern "C" __global__ void __launch_bounds__(32)
-rope_append(const u16* __restrict__ q, const u16* __restrict__ k, const u16* __restrict__ v,
-            const float* __restrict__ cosine, const float* __restrict__ sine, const long long* __restrict__ pages,
-            const long long* __restrict__ offsets, u16* __restrict__ out, unsigned char* __restrict__ k_pool,
-            unsigned char* __restrict__ v_pool, u16* __restrict__ k_scales, u16* __restrict__ v_scales, int page,
+rope_append(const u16* q, const u16* k, const u16* v,
+            const float* cosine, const float* sine, const long long* pages,
+            const long long* offsets, u16* out, unsigned char* k_pool,
+            unsigned char* v_pool, u16* k_scales, u16* v_scales, int page,
             int q_stride, int k_stride, int v_stride) {
   const size_t token = blockIdx.x;
   const int head = blockIdx.y, kv = head - HEADS, values = kv >= KV_HEADS, kv_head = values ? kv - KV_HEADS : kv;

@@ -169,9 +169,9 @@ INLINE void draw_in_chunk(int chunk, float top, double share, bool filters, u64 
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-sample_draw(const void* __restrict__ logits, const Row* __restrict__ rows, const u64* __restrict__ highest,
-            const u64* __restrict__ sums, long long* __restrict__ tokens, float* __restrict__ probabilities,
-            long long* __restrict__ drawn, int V, int vocab_size, int chunks) {
+sample_draw(const void* logits, const Row* rows, const u64* highest,
+            const u64* sums, long long* tokens, float* probabilities,
+            long long* drawn, int V, int vocab_size, int chunks) {
   let_next_begin();
   wait_for_previous();
   if (threadIdx.x < sizeof(Row) / 4) ((u32*)&row)[threadIdx.x] = ((const u32*)(rows + blockIdx.x))[threadIdx.x];

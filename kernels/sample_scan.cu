@@ -5,8 +5,8 @@
 constexpr int THREADS = 256, EACH = CHUNK / THREADS / STRIP, WARPS = THREADS / 32;
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-sample_scan(const void* __restrict__ logits, const Row* __restrict__ rows, u64* __restrict__ highest,
-            u64* __restrict__ sums, int V, int vocab_size) {
+sample_scan(const void* logits, const Row* rows, u64* highest,
+            u64* sums, int V, int vocab_size) {
   __shared__ u64 of_warp[2][WARPS];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = blockIdx.y * gridDim.x + blockIdx.x;
   let_next_begin();

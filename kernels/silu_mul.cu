@@ -9,8 +9,8 @@ INLINE u32 both(u32 gate, u32 up) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-silu_mul(const u16* __restrict__ gate, const u16* __restrict__ up, u16* __restrict__ out,
-         u32* __restrict__ image, int stride, int padded) {
+silu_mul(const u16* gate, const u16* up, u16* out,
+         u32* image, int stride, int padded) {
   const int column = (blockIdx.y * THREADS + threadIdx.x) * 8;
   let_next_begin();
   wait_for_previous();

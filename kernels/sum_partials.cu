@@ -2,7 +2,7 @@
 #include "ptx.cuh"
 
 extern "C" __global__ void __launch_bounds__(256)
-sum_partials(const float* __restrict__ partial, const u16* __restrict__ bias, u16* __restrict__ y, int M, int N) {
+sum_partials(const float* partial, const u16* __restrict__ bias, u16* y, int M, int N) {
   const int column = (blockIdx.y * 256 + threadIdx.x) * 4;
   const size_t token = blockIdx.x;
   let_next_begin();

@@ -76,7 +76,7 @@ def test_rows_that_the_host_draws_mix_with_others() -> None:
 
 def test_cancel_and_stop_while_a_step_is_on_its_way() -> None:
     generator = make()
-    handles = [generator.enqueue(text, max_tokens=50, sampling=GREEDY) for text in TEXTS]
+    handles = [generator.enqueue(text, max_tokens=50, min_tokens=20, sampling=GREEDY) for text in TEXTS]
     for _ in range(5):
         generator.iterate()
     assert generator.cancel(handles[0])

@@ -170,7 +170,7 @@ class Graph:
         step = Step.decoding(told.positions.long(), told.table.long(), model.config.windows, rope, bank, loras)
         h, delta = self._entries[index]
         if index == 0:
-            last = self.drawn.to(stage.device)[told.seats.clamp(min=0)]
+            last = self.drawn.to(stage.device)[told.seats.clamp(min=0)].clamp(min=0)  # -1 where none could be drawn
             h = model.embed(torch.where(told.ids < 0, last, told.ids))
         for layer in stage.layers:
             h, delta = model.layers[layer].forward(h, delta, step, *self.cache[layer])

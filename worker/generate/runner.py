@@ -100,7 +100,7 @@ class Runner:
             return batch
         ids = batch.token_ids.to(self.model.embedding.device)
         rows, seats = torch.tensor(late, device=self._drawn.device).unbind(1)
-        ids[rows.to(ids.device)] = self._drawn[seats].to(ids.device)
+        ids[rows.to(ids.device)] = self._drawn[seats].clamp(min=0).to(ids.device)  # -1 where none could be drawn
         return replace(batch, token_ids=ids)
 
     def _eager(self, spans: Sequence[Span], draws: Sequence[Draw]) -> Callable[[], list[int]]:
