@@ -94,7 +94,7 @@ class Generation:
         if self.new_tokens < 0:
             mask = Mask(request.healing)
         elif self.new_tokens + self.pending < request.min_tokens:
-            mask = mask.without(request.stop_ids)
+            mask = request.early_mask
         if position in self._tried:
             mask = mask.without(self._tried[position])
         return Draw(

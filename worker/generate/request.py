@@ -62,6 +62,11 @@ class Request:
         return Mask.of(self.sampling)
 
     @cached_property
+    def early_mask(self) -> Mask:
+        """What may come until min_tokens are there: nothing that stops."""
+        return self.mask.without(self.stop_ids)
+
+    @cached_property
     def adapters(self) -> tuple[Lora, ...]:
         """The combination that a slot must hold; empty for the base."""
         return tuple(lora for lora, _ in self.loras)

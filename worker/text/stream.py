@@ -42,8 +42,15 @@ class TokenBytes:
         self._vocabulary = vocabulary
         self._special = special_ids(vocabulary)
         self._bytes = byte_characters()
+        self._known: dict[int, bytes] = {}
 
     def __getitem__(self, id: int) -> bytes:
+        found = self._known.get(id)
+        if found is None:
+            found = self._known[id] = self._look_up(id)
+        return found
+
+    def _look_up(self, id: int) -> bytes:
         token = None if id in self._special else self._vocabulary.id_to_token(id)
         if token is None:
             return b""
