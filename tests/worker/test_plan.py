@@ -45,7 +45,7 @@ def test_a_slot_holds_what_was_planned_for_it() -> None:
     for path in ADAPTERS.iterdir():
         bank = LoraBank(model, slots=1)
         bank.place((Lora.from_directory(model, path),))
-        held = sum(half.nbytes for pair in bank._slots[0].stacked.values() for half in pair)
+        held = sum(half.nbytes for module, packed in bank._slots[0].stacked.items() for half in packed[module])
         largest = max(largest, held)
     assert sum(space.modules.values()) == largest
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from lorayard.kernels.linear import STEP
 
-from .config import INPUT
+from .config import INPUT, OUTPUT
 
 if TYPE_CHECKING:
     from ..models.model import Model
@@ -87,8 +86,8 @@ def by_device(model: Model, modules: Iterable[str]) -> dict[torch.device, list[s
 
 
 def device_of(model: Model, module: str) -> torch.device:
-    """Where the model has a linear, or the embedding."""
+    """Where the model has a linear, or the embedding. Raises KeyError for anything else."""
     if module == INPUT:
         return model.embedding.device
-    layer = re.match(r"model\.layers\.(\d+)\.", module)
-    return model.layer_devices[int(layer[1])] if layer else model.norm.device
+    head = model.head if module == OUTPUT else None
+    return (head or model.linears[module]).device
