@@ -170,7 +170,7 @@ def test_bytes_in_a_slot_are_known_from_the_headers(name: str, model: Model, tmp
     lora = Lora.from_directory(model, tmp_path / "a")
     bank, _ = lora.resident(model, [(lora, 1.0)], torch.arange(1))
     slot = bank._slots[0]
-    tensors = [half for pair in slot.stacked.values() for half in pair]
+    tensors = [half for module, packed in slot.stacked.items() for half in packed[module]]
     tensors += [tensor for changes in slot.changes.values() for _, change in changes for tensor in change.tensors()]
     assert contents.slot_bytes(itemsize=4) == sum(tensor.nbytes for tensor in tensors)
 
