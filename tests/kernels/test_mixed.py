@@ -31,24 +31,24 @@ def test_weights_of_exllamav2_have_their_digests(name):
     digests = json.loads((VECTORS / name / "sha256.json").read_text())
     assert len(digests) == 15
     for linear, digest in digests.items():
-        weight = dequantised(packed(name, linear).pack())
+        weight = dequantised(packed(name, linear).pack())  # type: ignore[attr-defined]
         assert hashlib.sha256(weight.contiguous().numpy().tobytes()).hexdigest() == digest, linear
 
 
 def test_linears_of_one_input_are_joined_where_their_columns_are_stored_alike(monkeypatch):
     name = "model.layers.0.self_attn"
-    parts = [packed("exl2-4.25bpw-h6", f"{name}.{each}_proj").pack() for each in "qkv"]
+    parts = [packed("exl2-4.25bpw-h6", f"{name}.{each}_proj").pack() for each in "qkv"]  # type: ignore[attr-defined]
     joined = mixed.join(parts)
     assert joined.outputs == sum(each.outputs for each in parts)
     assert torch.equal(joined.words, torch.cat([each.words for each in parts]))
-    assert mixed.join([parts[0], packed("exl2-4.25bpw-h6", f"{name}.o_proj").pack()]) is None, "another order"
+    assert mixed.join([parts[0], packed("exl2-4.25bpw-h6", f"{name}.o_proj").pack()]) is None, "another order"  # type: ignore[attr-defined]
     groups = [(4, 128), (3, 64)]
     tensors = exl2(192, groups, "cpu")
     whole = mixed.pack_exl2(*tensors, 192)
     monkeypatch.setattr(mixed, "SLICE", 64)
     sliced = mixed.pack_exl2(*tensors, 192)
     assert torch.equal(whole.words, sliced.words) and torch.equal(whole.scales, sliced.scales)
-    assert mixed.join([mixed.pack_exl2(*exl2(96, groups, "cpu"), 96)] * 2) is None, "blocks that are not whole"
+    assert mixed.join([mixed.pack_exl2(*exl2(96, groups, "cpu"), 96)] * 2) is None, "blocks that are not whole"  # type: ignore[list-item]
 
 
 def test_what_does_not_fit_is_left_to_torch():

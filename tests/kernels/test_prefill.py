@@ -31,12 +31,12 @@ def make(kind: str, device: str, dtype: torch.dtype):
 @pytest.mark.parametrize("window", [0, 100])
 def test_spans_and_the_rest_are_the_tiles(kind, window):
     q, pools, step = make(kind, "cpu", torch.float32)
-    split = attention.divide(*step, window)
+    split = attention.divide(*step, window)  # type: ignore[call-arg]
     assert len(split.spans) == (2 if window else 4)
     out = torch.full_like(q, torch.nan)
     prefill.attend_spans(q, pools, split.spans, 0.125, out)
-    out[split.tokens] = attention.attend(q[split.tokens], *pools, split.tiles, 0.125)
-    torch.testing.assert_close(out, attention.attend(q, *pools, attention.tile(*step, window), 0.125))
+    out[split.tokens] = attention.attend(q[split.tokens], *pools, split.tiles, 0.125)  # type: ignore[call-arg]
+    torch.testing.assert_close(out, attention.attend(q, *pools, attention.tile(*step, window), 0.125))  # type: ignore[call-arg]
 
 
 @pytest.mark.gpu
@@ -46,7 +46,7 @@ def test_spans_and_the_rest_are_the_tiles(kind, window):
 def test_a_gpu_attends_as_the_reference_does(kind, dtype, monkeypatch):
     q, pools, step = make(kind, "cuda", dtype)
     tiles = attention.tile(*step)
-    out = attention.attend(q, *pools, tiles, 0.125)
+    out = attention.attend(q, *pools, tiles, 0.125)  # type: ignore[call-arg]
     monkeypatch.setenv("LORAYARD_KERNELS", "torch")
-    value = attention.attend(q, *pools, tiles, 0.125).double()
+    value = attention.attend(q, *pools, tiles, 0.125).double()  # type: ignore[call-arg]
     assert (out.double() - value).norm() / value.norm() < (2e-3 if dtype == torch.float16 else 1e-2)

@@ -104,7 +104,7 @@ def test_a_linear_on_the_gpu_is_right_in_every_family(ordered):
     packed = q4.pack(*tensors)
     x, bias = torch.randn(300, 2048, device="cuda").half(), torch.randn(320, device="cuda").half()
     value = x.double() @ linear_gptq.dequantise(*tensors).double() + bias.double()
-    first = {}
+    first = {}  # type: ignore[var-annotated]
     for tokens in (1, 8, 9, 40, 65, 128, 129, 200, 256, 300):
         y = linear_q4.linear_q4(x[:tokens], packed, bias)
         assert ((y.double() - value[:tokens]).norm() / value[:tokens].norm()).item() < 4e-4

@@ -60,7 +60,7 @@ def test_a_graph_captured_once_is_right_for_any_adapters(model: Model, loras: li
     tiles = count_tiles(rows, 2)
     host = Tables(np.empty(tiles, np.int32), np.empty((tiles, COLUMNS), np.int32))
     scales = torch.zeros(rows, 16, device="cuda")
-    device = Tiles(*(torch.full(each.shape, -1, dtype=torch.int32, device="cuda") for each in host), scales)
+    device = Tiles(*(torch.full(each.shape, -1, dtype=torch.int32, device="cuda") for each in host), scales)  # type: ignore[call-arg]
     prepared = Prepared((), (), device)
     bank.apply(NAMES, x, base.clone(), prepared)
     graph = torch.cuda.CUDAGraph()

@@ -30,7 +30,7 @@ def odd(device: str) -> Iterator[Case]:
 def real(device: str) -> Iterator[Real]:
     for batch, slots in BATCHES.items():
         for name, sizes in LINEARS.items():
-            yield f"{name}, {batch}", lambda s=slots, k=sizes: one(s, *k, device)
+            yield f"{name}, {batch}", lambda s=slots, k=sizes: one(s, *k, device)  # type: ignore[call-arg]
 
 
 def one(slots: list[int], inputs: int, widths: tuple[int, ...], device: str) -> Case:

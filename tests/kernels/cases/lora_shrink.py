@@ -64,7 +64,7 @@ class Problem:
         made = tables(np.array(self.slots[rows], np.int32), columns)
         place = [torch.from_numpy(each).to(self.x.device) for each in made]
         unused = [torch.full_like(each[:1], -1).expand(2, *each.shape[1:]) for each in place]
-        return lora.Tiles(
+        return lora.Tiles(  # type: ignore[call-arg]
             *(torch.cat(pair) for pair in zip(place, unused, strict=True)), self.scales[rows].contiguous()
         )
 
@@ -117,7 +117,7 @@ def odd(device: str) -> Iterator[Case]:
 def real(device: str) -> Iterator[Real]:
     for batch, slots in BATCHES.items():
         for name, sizes in LINEARS.items():
-            yield f"{name}, {batch}", lambda s=slots, k=sizes: one(s, *k, device)
+            yield f"{name}, {batch}", lambda s=slots, k=sizes: one(s, *k, device)  # type: ignore[call-arg]
 
 
 def one(slots: list[int], inputs: int, widths: tuple[int, ...], device: str) -> Case:

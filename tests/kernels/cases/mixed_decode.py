@@ -53,8 +53,8 @@ def packed(device: str) -> Iterator[tuple[str, mixed.Mixed, Tensor]]:
         yield f"EXL2 of {groups}", mixed.pack_exl2(*tensors, outputs), linear_exl2.dequantise(*tensors)
     for bits, inputs, group, ordered, symmetric in ((8, 192, 64, True, True), (2, 384, 128, False, False),
                                                    (3, 256, 256, False, True), (8, 224, 32, True, False)):  # fmt: skip
-        tensors = gptq(bits, inputs, 96, group, ordered, symmetric, device)
-        yield f"GPTQ of {bits} bits", mixed.pack_gptq(*tensors), linear_gptq.dequantise(*tensors)
+        tensors = gptq(bits, inputs, 96, group, ordered, symmetric, device)  # type: ignore[assignment]
+        yield f"GPTQ of {bits} bits", mixed.pack_gptq(*tensors), linear_gptq.dequantise(*tensors)  # type: ignore[call-arg]
 
 
 def odd(device: str) -> Iterator[Case]:

@@ -46,7 +46,7 @@ def make(
         exact = zip(
             pools[device != "cpu" :], written[device != "cpu" :], strict=True
         )  # a GPU turns k with other roundings
-        same = [pair for one, other in exact for pair in ((one.codes, other.codes), (one.scales, other.scales))]
+        same = [pair for one, other in exact for pair in ((one.codes, other.codes), (one.scales, other.scales))]  # type: ignore[attr-defined]
         return Case(title, launches, [(out, turn(q, angle))], tolerance, same, wide.nbytes)
     written = [_Cells(pool.values, place) for pool in pools]
     value = v.double().nan_to_num(0.0, posinf=65504.0)

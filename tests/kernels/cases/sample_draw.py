@@ -68,8 +68,8 @@ def make(logits: Tensor, settings: list[tuple[str, float]], vocab_size: int, ban
         tokens = torch.full((n + 1,), -7, dtype=torch.int64, device=device)[:n]
         drawn, p = torch.full_like(tokens, -7).repeat(length), poisoned(n, dtype=torch.float32, device=str(device))
         own = (logits[first:].clone(), words[first:].clone())
-        launches += [sample.scan(*own, *parts, vocab_size),
-                     sample.choose(*own, *parts, vocab_size, tokens, p, drawn if not first else None)]  # fmt: skip
+        launches += [sample.scan(*own, *parts, vocab_size),  # type: ignore[call-arg]
+                     sample.choose(*own, *parts, vocab_size, tokens, p, drawn if not first else None)]  # type: ignore[call-arg]  # fmt: skip
         outputs.append((tokens, p, drawn))
     (tokens, p, drawn), (alone, p_alone, _) = outputs
     wanted = torch.tensor([token for token, _ in expected], device=device)
@@ -110,8 +110,8 @@ def speed(length: int, filters: str, device: str) -> Case:
     parts = [torch.empty(length, 16, dtype=torch.int64, device=device) for _ in range(2)]
     tokens, p = torch.empty(length, dtype=torch.int64, device=device), torch.empty(length, device=device)
     launches = [
-        sample.scan(logits, words, *parts, 128256),
-        sample.choose(logits, words, *parts, 128256, tokens, p, None),
+        sample.scan(logits, words, *parts, 128256),  # type: ignore[call-arg]
+        sample.choose(logits, words, *parts, 128256, tokens, p, None),  # type: ignore[call-arg]
     ]
     return Case(filters, launches, [], bytes=logits.nbytes)
 
