@@ -25,7 +25,12 @@ KINDS = {torch.float16: (0, 0), torch.bfloat16: (0, 1), torch.float32: (1, 0)}
 def fits(logits: Tensor, vocab_size: int) -> bool:
     """Whether the kernels take logits [L, V] like these."""
     shaped = logits.dtype in KINDS and logits.is_contiguous() and logits.numel() > 0
-    return usable(logits) and shaped and vocab_size <= CHUNK * MOST_CHUNKS
+    return usable(logits) and shaped and takes(vocab_size)
+
+
+def takes(vocab_size: int) -> bool:
+    """Whether the kernels draw from so many tokens."""
+    return vocab_size <= CHUNK * MOST_CHUNKS
 
 
 def draw(
@@ -68,7 +73,7 @@ def choose(
 
 def _check(logits: Tensor, rows: Tensor, highest: Tensor, sums: Tensor, vocab_size: int) -> None:
     length, width = logits.shape
-    if not 0 < vocab_size <= min(width, CHUNK * MOST_CHUNKS) or logits.dtype not in KINDS:
+    if not 0 < vocab_size <= width or not takes(vocab_size) or logits.dtype not in KINDS:
         raise ValueError(f"logits are {logits.dtype} {list(logits.shape)}, of which {vocab_size} cannot be drawn from")
     require("logits", logits, logits.dtype, length, width)
     require("rows", rows, torch.int32, length, WORDS, like=logits)

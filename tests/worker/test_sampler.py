@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorayard.kernels import sample as kernel
 from lorayard.kernels.sample import ROW
 from lorayard.shared.job import SamplingParams
 from lorayard.worker.generate.mask import Mask
@@ -217,3 +218,8 @@ def test_a_row_draws_the_same_alone_and_among_others(params: list[SamplingParams
     together = sample(logits.clone(), draws, VOCAB)
     alone = [sample(logits[i : i + 1].clone(), [each], VOCAB)[0] for i, each in enumerate(draws)]
     assert together == alone
+
+
+def test_the_kernel_is_not_asked_for_more_tokens_than_it_takes() -> None:
+    """Gemma 3 has 262,208, which the host draws from."""
+    assert kernel.takes(256_000) and kernel.takes(262_144) and not kernel.takes(262_208)

@@ -86,9 +86,10 @@ class Graph:
 
     def __init__(
         self, model: Model, cache: Cache, bank: LoraBank, drawn: Tensor, size: Size,
-        pools: dict[torch.device, Any],
+        vocab_size: int, pools: dict[torch.device, Any],
     ) -> None:  # fmt: skip
         self.model, self.cache, self.bank, self.drawn, self.size = model, cache, bank, drawn, size
+        self._vocab_size = vocab_size
         self._stages, self._pools = model.stages, pools
         shapes = shapes_of(size, bank.slots)
         count = count_words(shapes)
@@ -129,28 +130,34 @@ class Graph:
         return tokens
 
     def _capture(self) -> None:
-        """Run the step once, so that all is compiled and allocated, then capture it."""
+        """Run the step once, so that all is compiled and allocated, then capture it.
+
+        Whatever comes of it, the tokens drawn last stay as they were: the step itself is still to run.
+        """
         drawn = self.drawn.clone()
-        graphs = []
-        for index, stage in enumerate(self._stages):
-            with torch.cuda.device(stage.device), _side_stream():
-                if index:
-                    h, delta = self._exits[-1]
-                    self._entries.append((h.to(stage.device), None if delta is None else delta.to(stage.device)))
-                else:
-                    self._entries.append((self.tokens, None))
-                self._compute(index)
-                graph = torch.cuda.CUDAGraph()
-                graph.capture_begin(self._pools[stage.device], capture_error_mode="thread_local")
-                try:
-                    left = self._compute(index)
-                finally:
-                    graph.capture_end()
-                graph.replay()
-                self._exits.append(left)
-                graphs.append(graph)
-        self.drawn.copy_(drawn)
-        self._graphs = graphs
+        try:
+            self._graphs = [self._capture_stage(index) for index in range(len(self._stages))]
+        finally:
+            self.drawn.copy_(drawn)
+
+    def _capture_stage(self, index: int) -> torch.cuda.CUDAGraph:
+        stage = self._stages[index]
+        with torch.cuda.device(stage.device), _side_stream():
+            if index:
+                h, delta = self._exits[-1]
+                self._entries.append((h.to(stage.device), None if delta is None else delta.to(stage.device)))
+            else:
+                self._entries.append((self.tokens, None))
+            self._compute(index)
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(self._pools[stage.device], capture_error_mode="thread_local")
+            try:
+                left = self._compute(index)
+            finally:
+                graph.capture_end()
+            graph.replay()
+            self._exits.append(left)
+        return graph
 
     def _enter(self, index: int) -> None:
         if index:
@@ -177,8 +184,7 @@ class Graph:
         if index == len(self._stages) - 1:
             logits = model.project(h, delta)
             probabilities = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-            vocab_size = min(model.config.vocab_size, logits.shape[1])
-            sample.draw(logits, told.draws, vocab_size, self.tokens, probabilities, self.drawn)
+            sample.draw(logits, told.draws, self._vocab_size, self.tokens, probabilities, self.drawn)
         return h, delta
 
 

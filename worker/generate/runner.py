@@ -20,7 +20,7 @@ from ..models.batch import Batch
 from ..models.model import Model
 from .generation import Generation
 from .graphs import ROWS, Fields, Graph, Size
-from .sampler import Choice, Draw, fill_rows, on_device
+from .sampler import Choice, Draw, draw_on_device, fill_rows, on_device
 from .scheduler import Span
 from .step import Outcome, build_batch, outcomes
 
@@ -65,7 +65,8 @@ class Runner:
     """Holds what lasts from step to step: the tokens drawn last, by seat, and the graphs."""
 
     def __init__(self, model: Model, cache: Cache, bank: LoraBank, vocab_size: int, seats: int) -> None:
-        self.model, self.cache, self.bank, self.vocab_size = model, cache, bank, vocab_size
+        self.model, self.cache, self.bank = model, cache, bank
+        self.vocab_size = min(vocab_size, model.config.vocab_size)
         self._gpu = bool(model.layer_devices) and all(device.type == "cuda" for device in model.layer_devices)
         self._seats = Seats(seats, cache.pages)
         self._drawn = torch.zeros(seats, dtype=torch.int64, device=model.norm.device if self._gpu else "cpu")
@@ -74,15 +75,22 @@ class Runner:
 
     def run(self, spans: Sequence[Span]) -> Flight:
         """Begin a step."""
-        plain = self._gpu and usable(self._drawn) and all(span.generation.plain for span in spans)
-        draws = [span.generation.draw for span in spans if span.complete]
-        if not plain or not all(map(on_device, draws)):
+        draws = self._draws(spans)
+        if draws is None:
             batch = self._batch(spans)
             logits = self.model.forward(batch, self.cache, self.bank)
             told = outcomes(logits, spans, self.vocab_size)
             return Flight(spans, False, lambda: told)
         tokens = self._replay(spans, draws) if len(draws) == len(spans) else None
         return self._flight(spans, draws, tokens or self._eager(spans, draws))
+
+    def _draws(self, spans: Sequence[Span]) -> list[Draw] | None:
+        """What the complete spans draw by, if the kernel can do it for all and nobody needs to see the logits."""
+        ready = self._gpu and usable(self._drawn) and sample.takes(self.vocab_size)
+        if not ready or not all(span.generation.plain for span in spans):
+            return None
+        draws = [span.generation.draw for span in spans if span.complete]
+        return draws if all(map(on_device, draws)) else None
 
     def _flight(self, spans: Sequence[Span], draws: Sequence[Draw], tokens: Callable[[], list[int]]) -> Flight:
         def read() -> list[Outcome]:
@@ -108,12 +116,8 @@ class Runner:
         logits = self.model.forward(self._batch(spans), self.cache, self.bank)
         if not draws:
             return list
-        rows = np.zeros(len(draws), sample.ROW)
-        fill_rows(rows, draws, [span.generation.seat for span in spans if span.complete])
-        words = torch.from_numpy(rows.view(np.int32).reshape(len(draws), -1)).to(logits.device)
-        tokens = torch.empty(len(draws), dtype=torch.int64, device=logits.device)
-        probabilities = torch.empty(len(draws), dtype=torch.float32, device=logits.device)
-        sample.draw(logits, words, self.vocab_size, tokens, probabilities, self._drawn)
+        seats = [span.generation.seat for span in spans if span.complete]
+        tokens, _ = draw_on_device(logits, draws, self.vocab_size, seats, self._drawn)
         return tokens.tolist
 
     def _replay(self, spans: Sequence[Span], draws: Sequence[Draw]) -> Callable[[], list[int]] | None:
@@ -132,7 +136,7 @@ class Runner:
         size = Size.of(len(spans), -(-deepest // PAGE), int(self._seats.widths[seats].max()))
         graph = self._graphs.get(size)
         if graph is None:
-            graph = Graph(self.model, self.cache, self.bank, self._drawn, size, self._pools)
+            graph = Graph(self.model, self.cache, self.bank, self._drawn, size, self.vocab_size, self._pools)
         try:
             tokens = graph.launch(lambda fields: self._write(fields, spans, draws, seats))
         except RuntimeError as error:

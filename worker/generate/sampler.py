@@ -194,17 +194,27 @@ def _sample_on_device(
     logits: Tensor, draws: Sequence[Draw], ours: Sequence[bool], vocab_size: int
 ) -> list[Choice | None]:
     """The choices of `ours`; what stands for the others is of no use."""
-    rows = np.empty(len(draws), kernel.ROW)
-    fill_rows(rows, [draw if each else UNASKED for draw, each in zip(draws, ours, strict=True)])
-    words = torch.from_numpy(rows.view(np.int32).reshape(len(draws), -1)).to(logits.device)
-    tokens = torch.empty(len(draws), dtype=torch.int64, device=logits.device)
-    probabilities = torch.empty(len(draws), dtype=torch.float32, device=logits.device)
-    kernel.draw(logits, words, vocab_size, tokens, probabilities)
+    asked = [draw if each else UNASKED for draw, each in zip(draws, ours, strict=True)]
+    tokens, probabilities = draw_on_device(logits, asked, vocab_size)
     told = zip(tokens.tolist(), probabilities.tolist(), draws, strict=True)
     return [
         Choice(token, p, 0.0 if draw.params.temperature else draw.mu) if token >= 0 else None
         for token, p, draw in told
     ]  # fmt: skip
+
+
+def draw_on_device(
+    logits: Tensor, draws: Sequence[Draw], vocab_size: int, seats: Sequence[int] | None = None,
+    drawn: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Tokens int64 [L] and their probabilities float32 [L], left on the device; see kernels.sample.draw."""
+    rows = np.zeros(len(draws), kernel.ROW)
+    fill_rows(rows, draws, seats)
+    words = torch.from_numpy(rows.view(np.int32).reshape(len(draws), -1)).to(logits.device)
+    tokens = torch.empty(len(draws), dtype=torch.int64, device=logits.device)
+    probabilities = torch.empty(len(draws), dtype=torch.float32, device=logits.device)
+    kernel.draw(logits, words, vocab_size, tokens, probabilities, drawn)
+    return tokens, probabilities
 
 
 UNASKED = Draw(SamplingParams(temperature=0.0), (), 0, 0)
